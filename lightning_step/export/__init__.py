@@ -1,0 +1,1 @@
+"""Verified sparse files, and back."""

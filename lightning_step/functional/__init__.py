@@ -1,0 +1,63 @@
+"""The mathematics, pure: tensors in, tensors out, no state."""
+
+from lightning_step.functional.adam import (
+    AdamState,
+    PreconditionForm,
+    adam_bound,
+    adam_step,
+    preconditioned_step,
+    preconditioner,
+)
+from lightning_step.functional.autoswitch import (
+    Statistic,
+    second_moment_change,
+    statistic_compute,
+    statistic_update,
+    window_length,
+    window_mean,
+)
+from lightning_step.functional.mask import apply_mask, as_groups, magnitude_mask, nm_mask
+from lightning_step.functional.packing import Packed, index_bytes, index_width, pack_nm, unpack_nm
+from lightning_step.functional.stats import (
+    Violation,
+    density_update,
+    find_violation,
+    flip_rate_update,
+    kept_magnitude_update,
+    ratio_compute,
+    violation_update,
+)
+from lightning_step.functional.ste import pruned_part, straight_through
+
+__all__ = [
+    "AdamState",
+    "Packed",
+    "PreconditionForm",
+    "Statistic",
+    "Violation",
+    "adam_bound",
+    "adam_step",
+    "apply_mask",
+    "as_groups",
+    "density_update",
+    "find_violation",
+    "flip_rate_update",
+    "index_bytes",
+    "index_width",
+    "kept_magnitude_update",
+    "magnitude_mask",
+    "nm_mask",
+    "pack_nm",
+    "preconditioned_step",
+    "preconditioner",
+    "pruned_part",
+    "ratio_compute",
+    "second_moment_change",
+    "statistic_compute",
+    "statistic_update",
+    "straight_through",
+    "unpack_nm",
+    "violation_update",
+    "window_length",
+    "window_mean",
+]

@@ -1,0 +1,198 @@
+r"""Exact packing of n:m tensors: the kept values, and the rank of each group's mask in as few bits as will do.
+
+Note [Mask rank]
+    The kept places :math:`c_1 < c_2 < \dots < c_n` of a group are numbered by the combinatorial number system,
+    :math:`r = \sum_j \binom{c_j}{j}`, which is a bijection onto :math:`0 \dots \binom{m}{n}-1`. It takes
+    :math:`\lceil\log_2\binom{m}{n}\rceil` bits. Where that is more than 62, so that ranks would not fit a signed 64-bit
+    integer, the ``m`` bits of the mask itself are stored (from m = 67 on; at most 5 bits more).
+    Groups follow one another without padding; within a field and within a byte the low bit comes first.
+    ``docs/packed-format.md`` states the layout byte by byte.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_step.errors import PatternError, ViolationError
+from lightning_step.functional.mask import as_groups, nm_mask
+from lightning_step.functional.stats import find_violation
+from lightning_step.pattern import NMPattern
+
+__all__ = ["Packed", "index_bytes", "index_width", "pack_nm", "unpack_nm"]
+
+_MAX_RANK_BITS = 62
+
+
+class Packed(NamedTuple):
+    """An n:m tensor without its zeros.
+
+    Example:
+        >>> pack_nm(torch.tensor([[0., 5., 0., 7.]]), NMPattern(2, 4)).values
+        tensor([[5., 7.]])
+    """
+
+    values: Tensor  # (groups, n), dtype of the weight; groups in row-major order with the group dimension moved last
+    index: Tensor  # (bytes,), uint8; the mask of every group, see Note [Mask rank]
+
+
+def index_width(pattern: NMPattern) -> int:
+    """Bits that a group's mask takes in a packed tensor.
+
+    Args:
+        pattern: The n:m pattern.
+
+    Returns:
+        Number of bits, see Note [Mask rank].
+
+    Example:
+        >>> index_width(NMPattern(2, 4)), index_width(NMPattern(50, 100))
+        (3, 100)
+    """
+    return pattern.index_bits if pattern.index_bits <= _MAX_RANK_BITS else pattern.m
+
+
+def index_bytes(pattern: NMPattern, groups: int) -> int:
+    """Bytes that the masks of so many groups take.
+
+    Args:
+        pattern: The n:m pattern.
+        groups: Number of groups.
+
+    Returns:
+        Number of bytes, the last one filled up with zero bits.
+
+    Example:
+        >>> index_bytes(NMPattern(2, 4), 3)
+        2
+    """
+    return -(-groups * index_width(pattern) // 8)
+
+
+def pack_nm(weight: Tensor, pattern: NMPattern, dim: int = -1) -> Packed:
+    """Pack a tensor that holds its n:m pattern; nothing is pruned.
+
+    Args:
+        weight: Any real dtype, shape ``(..., k*m, ...)``, at most ``n`` non-zeros in every group. Not modified.
+        pattern: The n:m pattern.
+        dim: The dimension that holds the groups.
+
+    Returns:
+        Values and index. A zero that is not among the kept places is stored as plus zero, whatever its sign was.
+
+    Raises:
+        PatternError: If ``m`` does not divide ``weight.shape[dim]``.
+        ViolationError: If a group has more than ``n`` non-zeros.
+
+    Example:
+        >>> packed = pack_nm(torch.tensor([[0., 5., 0., 7.]]), NMPattern(2, 4))
+        >>> packed.index.tolist()
+        [4]
+        >>> unpack_nm(packed, NMPattern(2, 4), (1, 4))
+        tensor([[0., 5., 0., 7.]])
+    """
+    weight = weight.detach()
+    bad = find_violation(weight, pattern, dim)
+    if bad is not None:
+        raise ViolationError(
+            f"Expected at most {pattern.n} non-zero weights in every group of {pattern.m} along dim {dim}, but got "
+            f"{bad.nonzeros} in group {bad.index} ({bad.groups} groups in all). Apply the mask before packing."
+        )
+    rows = as_groups(weight.movedim(dim, -1), pattern).reshape(-1, pattern.m)  # (groups, m)
+    places = _kept_places(rows, pattern)  # (groups, n), ascending
+    return Packed(rows.gather(1, places), _to_bytes(_fields(places, pattern)))
+
+
+def unpack_nm(packed: Packed, pattern: NMPattern, shape: tuple[int, ...], dim: int = -1) -> Tensor:
+    """Undo `pack_nm`, bit for bit.
+
+    Args:
+        packed: Values and index.
+        pattern: The pattern it was packed with.
+        shape: Shape of the dense tensor.
+        dim: The dimension it was packed along.
+
+    Returns:
+        The dense tensor, plus zero where nothing was kept.
+
+    Raises:
+        PatternError: If the sizes of values or index do not fit the shape, or the index names a mask that does not exist.
+
+    Example:
+        >>> unpack_nm(Packed(torch.tensor([[1., 2.]]), torch.tensor([5], dtype=torch.uint8)), NMPattern(2, 4), (4,))
+        tensor([0., 0., 1., 2.])
+    """
+    groups = math.prod(shape) // pattern.m
+    if shape[dim] % pattern.m or packed.values.shape != (groups, pattern.n):
+        raise PatternError(
+            f"Expected values of shape {(groups, pattern.n)} for a tensor of shape {shape} packed {pattern} along dim "
+            f"{dim}, but got {tuple(packed.values.shape)}. The file and its manifest do not belong together."
+        )
+    if packed.index.numel() != index_bytes(pattern, groups):
+        raise PatternError(
+            f"Expected {index_bytes(pattern, groups)} bytes of index for {groups} groups of {pattern}, "
+            f"but got {packed.index.numel()}. The file and its manifest do not belong together."
+        )
+    fields = _from_bytes(packed.index, groups, index_width(pattern))
+    rows = packed.values.new_zeros(groups, pattern.m).scatter_(1, _places(fields, pattern), packed.values)
+    moved = list(shape)
+    moved.append(moved.pop(dim))
+    return rows.reshape(moved).movedim(-1, dim).contiguous()
+
+
+def _kept_places(rows: Tensor, pattern: NMPattern) -> Tensor:
+    # Non-zeros first, then minus zeros, so that a kept weight that happens to be -0.0 comes back with its sign.
+    score = 2 * (rows != 0).to(torch.int8)
+    if rows.dtype.is_floating_point:
+        score += rows.signbit()
+    kept = nm_mask(score, pattern)
+    return kept.nonzero()[:, 1].reshape(-1, pattern.n)
+
+
+def _fields(places: Tensor, pattern: NMPattern) -> Tensor:
+    """One row of bits per group, low bit first: (groups, width), uint8."""
+    width = index_width(pattern)
+    if pattern.index_bits > _MAX_RANK_BITS:
+        return places.new_zeros(places.shape[0], pattern.m, dtype=torch.uint8).scatter_(1, places, 1)
+    table = _binomials(pattern, places.device)
+    ranks = sum((table[j][places[:, j]] for j in range(pattern.n)), torch.zeros_like(places[:, 0]))
+    return ((ranks[:, None] >> torch.arange(width, device=places.device)) & 1).to(torch.uint8)
+
+
+def _places(fields: Tensor, pattern: NMPattern) -> Tensor:
+    if pattern.index_bits > _MAX_RANK_BITS:
+        if bool((fields.sum(1) != pattern.n).any()):
+            raise PatternError(f"Expected {pattern.n} set bits in every mask, but got another number. The index is damaged.")
+        return fields.nonzero()[:, 1].reshape(-1, pattern.n)
+    ranks = (fields.long() << torch.arange(fields.shape[1], device=fields.device)).sum(1)
+    if bool((ranks >= pattern.choices).any()):
+        raise PatternError(
+            f"Expected mask ranks below {pattern.choices} for {pattern}, but got {int(ranks.max())}. The index is damaged."
+        )
+    table = _binomials(pattern, fields.device)
+    places = torch.empty(len(ranks), pattern.n, dtype=torch.long, device=fields.device)
+    for j in reversed(range(pattern.n)):  # the largest c with C(c, j+1) <= r is the place of the j-th kept weight
+        places[:, j] = torch.searchsorted(table[j], ranks, right=True) - 1
+        ranks = ranks - table[j][places[:, j]]
+    return places
+
+
+def _binomials(pattern: NMPattern, device: torch.device) -> Tensor:
+    """Row j holds C(c, j+1) for c = 0 .. m-1: (n, m), int64."""
+    rows = [[math.comb(c, j + 1) for c in range(pattern.m)] for j in range(pattern.n)]
+    return torch.tensor(rows, dtype=torch.long, device=device)
+
+
+def _to_bytes(bits: Tensor) -> Tensor:
+    stream = bits.flatten()
+    stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).reshape(-1, 8)
+    weights = 1 << torch.arange(8, device=bits.device)
+    return (stream.long() * weights).sum(1).to(torch.uint8)
+
+
+def _from_bytes(index: Tensor, groups: int, width: int) -> Tensor:
+    bits = (index[:, None] >> torch.arange(8, dtype=torch.uint8, device=index.device)) & 1
+    return bits.flatten()[: groups * width].reshape(groups, width)

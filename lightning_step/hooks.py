@@ -1,0 +1,74 @@
+"""Running code right before and right after an optimizer's own arithmetic, whoever calls ``step``.
+
+Note [After the closure]
+    Lightning runs forward and backward in a closure inside ``optimizer.step``, so a plain pre-step hook would see the
+    gradients of the step before. Here the pre-hook wraps the closure and runs after it; without a closure the gradients
+    are there already. Unlike Lightning's ``on_before_optimizer_step`` this is behind gradient clipping, works the same in a
+    plain loop, and under a loss scaler runs only for steps the scaler lets through (a fused optimizer skips on its own,
+    and says so in ``found_inf``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+__all__ = ["StepHooks"]
+
+
+class StepHooks:
+    """Calls ``before`` when the gradients of a step are ready and ``after`` when the step is done.
+
+    Args:
+        optimizer: Any torch optimizer. Its ``step`` is not replaced, so schedulers and profilers keep working.
+        before: Called with gradients ready, before they are used.
+        after: Called after the step.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(1))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.5)
+        >>> hooks = StepHooks(optimizer, lambda: print("before", weight.item()), lambda: print("after", weight.item()))
+        >>> weight.grad = torch.ones(1)
+        >>> optimizer.step()
+        before 1.0
+        after 0.5
+        >>> hooks.remove()
+    """
+
+    def __init__(self, optimizer: Optimizer, before: Callable[[], None], after: Callable[[], None]) -> None:
+        self._before = torch.no_grad()(before)
+        self._after = torch.no_grad()(after)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._pre_step),
+            optimizer.register_step_post_hook(self._post_step),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off; the optimizer is as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _pre_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # args[0] is the optimizer itself; the closure may come either way, see Note [After the closure]
+        positional = len(args) > 1
+        closure = args[1] if positional else kwargs.get("closure")
+        if closure is None:
+            self._before()
+            return None
+
+        def closure_then_before() -> Any:
+            result = closure()
+            self._before()
+            return result
+
+        if positional:
+            return (args[0], closure_then_before, *args[2:]), kwargs
+        return args, {**kwargs, "closure": closure_then_before}
+
+    def _post_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._after()

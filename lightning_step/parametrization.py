@@ -1,0 +1,295 @@
+"""NMMask, the parametrization that masks a weight, and its installation in a model.
+
+Note [Shared classes, plain names]
+    ``torch.nn.utils.parametrize.register_parametrization`` works with `NMMask`, but `apply_nm_masks` does not go through
+    it: that makes a new class for every module (so torch.compile compiles every block anew) and moves the weight to
+    ``parametrizations.weight.original`` (so checkpoints, name-based parameter groups and sharded state dicts break).
+    Instead a module's class is swapped for one subclass per original type, in which reading ``module.weight`` gives the
+    masked weight, while the ``Parameter`` stays registered under its own name. `NMMask` holds no tensors and is not
+    registered as a child: the state dict, ``named_parameters`` and ``named_modules`` are those of the plain module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_step.errors import ArgumentTypeError, ConfigurationError
+from lightning_step.functional import apply_mask, magnitude_mask, straight_through
+from lightning_step.pattern import NMPattern
+from lightning_step.targets import Overrides, Target, Targets, find_targets
+
+__all__ = ["Gradient", "NMMask", "apply_nm_masks", "install_masks", "nm_masks", "strip"]
+
+Gradient = Literal["straight_through", "masked"]
+"""``straight_through``: pruned weights get the gradient too and can return; ``masked``: they get none."""
+
+_masked_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+class NMMask(nn.Module):
+    r"""Maps a latent weight to its masked weight, :math:`\Pi(w) \odot w`.
+
+    The mask is a function of the weight, computed where the weight is read; nothing is stored that could be lost.
+
+    Args:
+        pattern: The n:m pattern.
+        dim: The dimension of the weight that holds the groups.
+        gradient: How the gradient passes.
+        enabled: While False the weight is handed through untouched.
+
+    Example:
+        >>> NMMask(NMPattern(2, 4))(torch.tensor([1., 4., 3., 2.]))
+        tensor([0., 4., 3., 0.])
+        >>> layer = nn.utils.parametrize.register_parametrization(nn.Linear(4, 1), "weight", NMMask(NMPattern(1, 4)))
+        >>> int(layer.weight.count_nonzero())
+        1
+    """
+
+    def __init__(
+        self,
+        pattern: NMPattern,
+        dim: int = -1,
+        *,
+        gradient: Gradient = "straight_through",
+        enabled: bool = True,
+    ) -> None:
+        super().__init__()
+        if not isinstance(pattern, NMPattern):
+            raise ArgumentTypeError(f"Expected `pattern` to be an NMPattern, but got {pattern!r}. Write NMPattern(2, 4).")
+        self.pattern = pattern
+        self.dim = dim
+        self.gradient: Gradient = gradient
+        self.enabled = enabled
+
+    def mask(self, weight: Tensor) -> Tensor:
+        """The mask this weight has now, whether enabled or not.
+
+        Args:
+            weight: The latent weight, shape ``(..., k*m, ...)``.
+
+        Returns:
+            Boolean, the shape of ``weight``.
+
+        Example:
+            >>> NMMask(NMPattern(1, 2)).mask(torch.tensor([1., -2.]))
+            tensor([False,  True])
+        """
+        return magnitude_mask(weight, self.pattern, self.dim)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Mask a weight.
+
+        Args:
+            weight: The latent weight, shape ``(..., k*m, ...)``.
+
+        Returns:
+            The masked weight; the latent weight itself while not enabled.
+
+        Example:
+            >>> NMMask(NMPattern(1, 2), enabled=False)(torch.tensor([1., -2.]))
+            tensor([ 1., -2.])
+        """
+        if not self.enabled:
+            return weight
+        mask = self.mask(weight)
+        return straight_through(weight, mask) if self.gradient == "straight_through" else apply_mask(weight, mask)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Assigning a weight assigns the latent weight (``torch.nn.utils.parametrize`` calls this).
+
+        Args:
+            weight: The assigned weight.
+
+        Returns:
+            The same tensor.
+
+        Example:
+            >>> NMMask(NMPattern(1, 2)).right_inverse(torch.tensor([1., -2.]))
+            tensor([ 1., -2.])
+        """
+        return weight
+
+    def extra_repr(self) -> str:
+        """What ``print(module)`` shows.
+
+        Returns:
+            Pattern, dimension, gradient and whether it is on.
+
+        Example:
+            >>> NMMask(NMPattern(2, 4), 1)
+            NMMask(2:4 along dim 1, straight_through, on)
+        """
+        return f"{self.pattern} along dim {self.dim}, {self.gradient}, {'on' if self.enabled else 'off'}"
+
+
+def apply_nm_masks(
+    model: nn.Module,
+    pattern: NMPattern,
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    overrides: Overrides | None = None,
+    min_weights: int = 0,
+    enabled: bool = True,
+) -> Targets:
+    """Put masks on a model's weights, in place.
+
+    Parameters stay the same objects under the same names, so optimizers made earlier and checkpoints stay valid.
+
+    Args:
+        model: The model.
+        pattern: The n:m pattern of every tensor that ``overrides`` does not name.
+        include: Shell-style globs of what gets a mask; None: everything that can.
+        exclude: Globs of what stays dense.
+        overrides: Globs of what gets another n:m.
+        min_weights: Tensors with fewer weights stay dense.
+        enabled: Whether the masks are on at once.
+
+    Returns:
+        What is masked, and what is left out with the reason.
+
+    Raises:
+        TargetError: If a glob matches nothing, or no tensor is left to mask.
+        ConfigurationError: If a tensor has a mask of another pattern already.
+
+    Example:
+        >>> layer = nn.Linear(8, 4)
+        >>> _ = apply_nm_masks(layer, NMPattern(2, 4))
+        >>> int(layer.weight.count_nonzero()), list(layer.state_dict())
+        (16, ['weight', 'bias'])
+    """
+    targets = find_targets(model, pattern, include=include, exclude=exclude, overrides=overrides, min_weights=min_weights)
+    install_masks(model, targets.masked, enabled=enabled)
+    return targets
+
+
+def install_masks(model: nn.Module, targets: Sequence[Target], *, enabled: bool = False) -> dict[str, NMMask]:
+    """Put a mask on every target; what carries the same one already keeps it, with its state.
+
+    Args:
+        model: The model the targets were found in.
+        targets: What to mask.
+        enabled: Whether a new mask is on at once.
+
+    Returns:
+        Target name to its mask.
+
+    Raises:
+        ConfigurationError: If a tensor has a mask of another pattern or dimension already.
+
+    Example:
+        >>> layer = nn.Linear(8, 4)
+        >>> install_masks(layer, find_targets(layer, NMPattern(2, 4)).masked)
+        {'weight': NMMask(2:4 along dim 1, straight_through, off)}
+    """
+    masks: dict[str, NMMask] = {}
+    for target in targets:
+        present = [_masks_of(model.get_submodule(name)).get(attribute) for name, attribute in target.owners]
+        mask = next((m for m in present if m is not None), None) or NMMask(target.pattern, target.dim, enabled=enabled)
+        if (mask.pattern, mask.dim) != (target.pattern, target.dim):
+            raise ConfigurationError(
+                f"Expected {target.name!r} to be unmasked or to have the pattern {target.pattern} along dim {target.dim}, "
+                f"but got {mask.pattern} along dim {mask.dim} from an earlier call. Call `strip(model)` first."
+            )
+        for name, attribute in target.owners:
+            _install(model.get_submodule(name), attribute, mask)
+        masks[target.name] = mask
+    return masks
+
+
+def nm_masks(model: nn.Module) -> dict[str, NMMask]:
+    """The masks of a model.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Full tensor name to its mask. A shared tensor appears under each of its names, with one and the same mask.
+
+    Example:
+        >>> nm_masks(nn.Linear(8, 4))
+        {}
+    """
+    found: dict[str, NMMask] = {}
+    for name, module in model.named_modules():
+        for attribute, mask in _masks_of(module).items():
+            found[f"{name}.{attribute}" if name else attribute] = mask
+    return found
+
+
+@torch.no_grad()
+def strip(model: nn.Module) -> list[str]:
+    """Take the masks off and leave their zeros in the weights, in place.
+
+    Gives back the original module types and keys with the same ``Parameter`` objects. A mask that is off leaves its
+    tensor dense: nothing is pruned that was not trained that way.
+
+    Args:
+        model: A model with masks. One without is left alone.
+
+    Returns:
+        Names of the tensors that now hold zeros.
+
+    Example:
+        >>> layer = nn.Linear(8, 4)
+        >>> _ = apply_nm_masks(layer, NMPattern(2, 4))
+        >>> strip(layer), type(layer) is nn.Linear, int(layer.weight.count_nonzero())
+        (['weight'], True, 16)
+    """
+    hardened: list[str] = []
+    done: set[int] = set()  # a shared tensor is zeroed once, under its first name
+    for name, module in model.named_modules():
+        for attribute, mask in _masks_of(module).items():
+            parameter = module._parameters[attribute]
+            if mask.enabled and parameter is not None and id(parameter) not in done:
+                parameter.copy_(apply_mask(parameter, mask.mask(parameter)))
+                done.add(id(parameter))
+                hardened.append(f"{name}.{attribute}" if name else attribute)
+        if _masks_of(module):
+            module.__class__ = type(module)._nm_original  # type: ignore[assignment]
+            del module.__dict__["_nm_masks"]
+    return hardened
+
+
+def _masks_of(module: nn.Module) -> dict[str, NMMask]:
+    masks: dict[str, NMMask] = module.__dict__.get("_nm_masks", {})
+    return masks
+
+
+def _install(module: nn.Module, attribute: str, mask: NMMask) -> None:
+    masks = _masks_of(module) | {attribute: mask}
+    original = getattr(type(module), "_nm_original", type(module))
+    # In __dict__, not through setattr: a registered child would show up in named_modules.
+    module.__dict__["_nm_masks"] = masks
+    module.__class__ = _masked_class(original, tuple(sorted(masks)))
+
+
+def _masked_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
+    key = (original, attributes)
+    if key not in _masked_classes:
+        members: dict[str, Any] = {attribute: _masked_property(attribute) for attribute in attributes}
+        members |= {"_nm_original": original, "__reduce_ex__": _reduce, "__module__": __name__}
+        _masked_classes[key] = type(f"Masked{original.__name__}", (original,), members)
+    return _masked_classes[key]
+
+
+def _masked_property(attribute: str) -> property:
+    def read(self: nn.Module) -> Any:
+        return self._nm_masks[attribute](self._parameters[attribute])  # type: ignore[index, operator]
+
+    return property(read, doc="The masked weight; the latent one is registered under the same name.")
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    # The class is made at run time, so copies and pickles name the type and attributes it is made from.
+    _, _, *state = object.__reduce_ex__(self, protocol)
+    return (_rebuild, (type(self)._nm_original, tuple(sorted(_masks_of(self)))), *state)
+
+
+def _rebuild(original: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
+    cls = _masked_class(original, attributes)
+    return cls.__new__(cls)

@@ -1,0 +1,76 @@
+"""STEP: dense until Adam's second moment is trustworthy, then masks with that second moment frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from typing_extensions import override
+
+from lightning_step.errors import ConfigurationError
+from lightning_step.functional import PreconditionForm
+from lightning_step.pattern import NMPattern
+from lightning_step.recipes.base import Freeze, GradientRule, Recipe, Scope, check_lam
+from lightning_step.recipes.switches import AutoSwitch, Switch
+
+__all__ = ["STEP"]
+
+
+@dataclass(frozen=True)
+class STEP(Recipe):
+    r"""Phase I trains dense under Adam; at the switch v becomes a constant preconditioner and phase II learns the masks.
+
+    Args:
+        switch: When v freezes and, by default, masks begin.
+        lam: :math:`\lambda` of the SR-STE term in phase II.
+        masks_from: When masks begin, if that is to be another moment than the switch: ``AtStep(0)`` masks from the start.
+        scope: Whose second moment is frozen.
+        form: How the preconditioner is made from v: ``"adam"`` goes on without a jump, ``"paper"`` is the paper's form.
+        max_step: Largest move of one coordinate in one step of phase II, in learning rates. None: the bound live Adam has;
+            infinity: none, as in the paper.
+
+    Raises:
+        ConfigurationError: If ``lam``, ``scope``, ``form`` or ``max_step`` is out of range.
+
+    Example:
+        >>> from lightning_step import AtStep
+        >>> STEP(switch=AtStep(0.3), lam=1e-3).freeze().when
+        AtStep(step=0.3)
+
+    References:
+        Lu et al., `STEP: Learning N:M Structured Sparsity Masks from Scratch with Precondition
+        <https://arxiv.org/abs/2302.01172>`_, ICML 2023, algorithm 1.
+    """
+
+    switch: Switch = field(default_factory=AutoSwitch)
+    lam: float = 2e-4
+    masks_from: Switch | None = None
+    scope: Scope = "masked"
+    form: PreconditionForm = "adam"
+    max_step: float | None = None
+
+    def __post_init__(self) -> None:
+        check_lam(self.lam)
+        for name, value, known in (
+            ("scope", self.scope, ("masked", "all")),
+            ("form", self.form, ("adam", "paper")),
+        ):
+            if value not in known:
+                raise ConfigurationError(f"Expected `{name}` to be one of {known}, but got {value!r}.")
+        if self.max_step is not None and not self.max_step > 0:
+            raise ConfigurationError(f"Expected `max_step` > 0 (learning rates) or None, but got {self.max_step!r}.")
+
+    @override
+    def pattern(self, name: str, pattern: NMPattern, t: int) -> NMPattern:
+        return pattern
+
+    @override
+    def gradient(self) -> GradientRule:
+        return GradientRule("straight_through", self.lam)
+
+    @override
+    def masks(self) -> Switch | None:
+        return self.switch if self.masks_from is None else self.masks_from
+
+    @override
+    def freeze(self) -> Freeze | None:
+        return Freeze(self.switch, self.scope, self.form, self.max_step)

@@ -1,0 +1,263 @@
+r"""When a phase ends: AutoSwitch, a fixed step, and two criteria from the literature.
+
+A switch is configuration, frozen and plain. ``switch.start(clock)`` checks it against the run and gives a `Watcher`, which
+holds what changes from step to step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_step.errors import ArgumentTypeError, ConfigurationError
+from lightning_step.functional import window_length, window_mean
+from lightning_step.recipes.watcher import Clock, Reading, Watcher
+
+__all__ = ["AtStep", "AutoSwitch", "RelativeNorm", "Staleness", "Switch"]
+
+
+class Switch(ABC):
+    """Decides at which optimizer step something begins.
+
+    Example:
+        >>> issubclass(AutoSwitch, Switch)
+        True
+    """
+
+    @abstractmethod
+    def start(self, clock: Clock) -> Watcher:
+        """Begin to watch a run.
+
+        Args:
+            clock: Length of the run and constants of its optimizer.
+
+        Returns:
+            The watcher, with no sample yet.
+
+        Raises:
+            ConfigurationError: If the limits do not fit the run.
+        """
+
+
+@dataclass(frozen=True)
+class AtStep(Switch):
+    """Switch right after a fixed optimizer step.
+
+    Args:
+        step: An integer counts optimizer steps; a float in [0, 1] is a fraction of all. 0 is before the first step.
+
+    Example:
+        >>> AtStep(0.25).start(Clock(total_steps=400)).decide(100).step
+        100
+    """
+
+    step: int | float = 0
+
+    def __post_init__(self) -> None:
+        _check_limit("step", self.step)
+
+    def start(self, clock: Clock) -> Watcher:
+        """See `Switch.start`."""
+        step = _resolve("step", self.step, clock)
+        return Watcher(None, 0, _never, t_min=step, t_max=step)
+
+
+@dataclass(frozen=True)
+class AutoSwitch(Switch):
+    r"""Switch when the second moment has stopped moving: the mean of Z over a full window is below a threshold.
+
+    .. math:: \frac1{T_w}\sum_{i=0}^{T_w-1} Z_{t-i} < \epsilon, \quad T_{min} \le t, \quad\text{else at } T_{max}
+
+    The test reads the gradient's scale (about: is its standard deviation below 3e-3 at the defaults?), so often one of the
+    limits decides; the log says which.
+
+    Args:
+        mean: How Z averages :math:`|v_t - v_{t-1}|` over coordinates; the geometric mean shrugs off outliers.
+        window: Window length :math:`T_w` in optimizer steps. None: :math:`\mathrm{round}(1/(1-\beta_2))`.
+        threshold: What the window mean has to fall below. None: the optimizer's own eps.
+        t_min: Never before this step (integer) or fraction of all steps (float).
+        t_max: At this step or fraction at the latest.
+
+    Raises:
+        ConfigurationError: If ``t_min > t_max``, or a limit, the window or the threshold is out of range.
+
+    Example:
+        >>> watcher = AutoSwitch(window=2, threshold=1.0, t_min=0, t_max=9).start(Clock(9, beta2=0.999, eps=1e-8))
+        >>> watcher.observe(1.2); watcher.observe(0.6)
+        >>> watcher.decide(2).rule
+        'window mean below threshold'
+
+    References:
+        Lu et al., `STEP <https://arxiv.org/abs/2302.01172>`_, ICML 2023, AutoSwitch.
+    """
+
+    mean: Literal["arithmetic", "geometric"] = "arithmetic"
+    window: int | None = None
+    threshold: float | None = None
+    t_min: int | float = 0.1
+    t_max: int | float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.mean not in ("arithmetic", "geometric"):
+            raise ConfigurationError(f"Expected `mean` to be 'arithmetic' or 'geometric', but got {self.mean!r}.")
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise ConfigurationError(f"Expected `window` to be an integer >= 1 (optimizer steps), but got {self.window!r}.")
+        if self.threshold is not None and not self.threshold > 0:
+            raise ConfigurationError(f"Expected `threshold` > 0, but got {self.threshold!r}.")
+        _check_order(self.t_min, self.t_max)
+
+    def start(self, clock: Clock) -> Watcher:
+        """See `Switch.start`."""
+        length = window_length(clock.need_beta2()) if self.window is None else self.window
+        threshold = clock.need_eps() if self.threshold is None else self.threshold
+
+        def rule(samples: Sequence[float]) -> Reading:
+            mean = window_mean(samples, length)
+            fired = mean is not None and mean < threshold
+            return Reading(fired, mean, threshold, "window mean below threshold", f"T_w = {length}")
+
+        return Watcher(self.mean, length, rule, **_limits(self.t_min, self.t_max, clock))
+
+
+@dataclass(frozen=True)
+class RelativeNorm(Switch):
+    r"""Switch when the norm of v changes by less than a fraction in one step. For comparison: it fires within a few steps.
+
+    .. math:: \big|\,\lVert v_t\rVert_2 - \lVert v_{t-1}\rVert_2\,\big| \,/\, \lVert v_{t-1}\rVert_2 < \tau
+
+    Args:
+        threshold: :math:`\tau`.
+        t_min: Never before this step or fraction.
+        t_max: At this step or fraction at the latest.
+
+    Raises:
+        ConfigurationError: If ``t_min > t_max``, or a limit or the threshold is out of range.
+
+    Example:
+        >>> watcher = RelativeNorm(t_min=0, t_max=9).start(Clock(9))
+        >>> watcher.observe(1.0); watcher.observe(1.4)
+        >>> watcher.decide(2).rule
+        'relative norm change below threshold'
+
+    References:
+        Agarwal et al., `Adaptive Gradient Communication via Critical Learning Regime Identification
+        <https://arxiv.org/abs/2010.16248>`_, MLSys 2021.
+    """
+
+    threshold: float = 0.5
+    t_min: int | float = 0
+    t_max: int | float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.threshold > 0:
+            raise ConfigurationError(f"Expected `threshold` > 0, but got {self.threshold!r}.")
+        _check_order(self.t_min, self.t_max)
+
+    def start(self, clock: Clock) -> Watcher:
+        """See `Switch.start`."""
+
+        def rule(samples: Sequence[float]) -> Reading:
+            known = len(samples) >= 2 and samples[-2] > 0
+            change = abs(samples[-1] - samples[-2]) / samples[-2] if known else None
+            fired = change is not None and change < self.threshold
+            return Reading(fired, change, self.threshold, "relative norm change below threshold", "one step")
+
+        return Watcher("l2", 2, rule, **_limits(self.t_min, self.t_max, clock))
+
+
+@dataclass(frozen=True)
+class Staleness(Switch):
+    r"""Switch when the norm of v is close to what it was one window ago. For comparison.
+
+    .. math:: \lVert v_t\rVert_1 \,/\, \lVert v_{t-T_w}\rVert_1 \ge \tau
+
+    Args:
+        threshold: :math:`\tau`.
+        window: :math:`T_w` in optimizer steps. None: :math:`\mathrm{round}(1/(1-\beta_2))`.
+        t_min: Never before this step or fraction.
+        t_max: At this step or fraction at the latest.
+
+    Raises:
+        ConfigurationError: If ``t_min > t_max``, or a limit, the window or the threshold is out of range.
+
+    Example:
+        >>> watcher = Staleness(window=1, t_min=0, t_max=9).start(Clock(9))
+        >>> watcher.observe(1.0); watcher.observe(0.97)
+        >>> watcher.decide(2).rule
+        'norm ratio above threshold'
+
+    References:
+        Tang et al., `1-bit Adam <https://arxiv.org/abs/2102.02888>`_, ICML 2021.
+    """
+
+    threshold: float = 0.96
+    window: int | None = None
+    t_min: int | float = 0
+    t_max: int | float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.threshold > 0:
+            raise ConfigurationError(f"Expected `threshold` > 0, but got {self.threshold!r}.")
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise ConfigurationError(f"Expected `window` to be an integer >= 1 (optimizer steps), but got {self.window!r}.")
+        _check_order(self.t_min, self.t_max)
+
+    def start(self, clock: Clock) -> Watcher:
+        """See `Switch.start`."""
+        length = window_length(clock.need_beta2()) if self.window is None else self.window
+
+        def rule(samples: Sequence[float]) -> Reading:
+            known = len(samples) > length and samples[-1 - length] > 0
+            ratio = samples[-1] / samples[-1 - length] if known else None
+            fired = ratio is not None and ratio >= self.threshold
+            return Reading(fired, ratio, self.threshold, "norm ratio above threshold", f"T_w = {length}")
+
+        return Watcher("l1", length + 1, rule, **_limits(self.t_min, self.t_max, clock))
+
+
+def _never(samples: Sequence[float]) -> Reading:
+    return Reading(False, None, None, "", "")
+
+
+def _check_limit(name: str, value: int | float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentTypeError(
+            f"Expected `{name}` to be an integer (optimizer steps) or a float (fraction of all steps), but got {value!r}."
+        )
+    if value < 0 or (isinstance(value, float) and value > 1):
+        raise ConfigurationError(
+            f"Expected `{name}` to be a step >= 0 (integer) or a fraction from 0.0 to 1.0 (float), but got {value!r}."
+        )
+
+
+def _check_order(t_min: int | float, t_max: int | float) -> None:
+    _check_limit("t_min", t_min)
+    _check_limit("t_max", t_max)
+    if type(t_min) is type(t_max) and t_min > t_max:
+        raise ConfigurationError(
+            f"Expected `t_min` <= `t_max`, but got t_min={t_min} and t_max={t_max}. The switch is never before t_min and "
+            "at t_max at the latest."
+        )
+
+
+def _resolve(name: str, value: int | float, clock: Clock) -> int:
+    if isinstance(value, int):
+        return value
+    if clock.total_steps is None:
+        raise ConfigurationError(
+            f"Expected a known number of optimizer steps, because {name}={value} is a fraction of it, but got an unlimited "
+            f"run (max_steps=-1). Set max_steps or max_epochs, or give {name} as a whole number of optimizer steps."
+        )
+    return round(value * clock.total_steps)
+
+
+def _limits(t_min: int | float, t_max: int | float, clock: Clock) -> dict[str, int]:
+    low, high = _resolve("t_min", t_min, clock), _resolve("t_max", t_max, clock)
+    if low > high:
+        raise ConfigurationError(
+            f"Expected `t_min` <= `t_max`, but got t_min={t_min} (step {low}) and t_max={t_max} (step {high}) "
+            f"in a run of {clock.total_steps} optimizer steps."
+        )
+    return {"t_min": low, "t_max": high}

@@ -1,0 +1,291 @@
+"""The driver: knows torch only, and is the one place that changes the phase."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_step.freezing import FrozenStep
+from lightning_step.hooks import StepHooks
+from lightning_step.masking import MaskSet
+from lightning_step.optim import adapter_for
+from lightning_step.parametrization import install_masks
+from lightning_step.pattern import NMPattern
+from lightning_step.recipes import STEP, Decision, Recipe, Watcher
+from lightning_step.resume import STATE_VERSION, check_config, check_version, config_of
+from lightning_step.sampling import Reduce, SecondMomentSampler
+from lightning_step.targets import Overrides, find_targets
+from lightning_step.watching import Role, SwitchBoard
+from lightning_step.wiring import clock_of, frozen_step, held_by, needs_adapter, switches
+
+__all__ = ["Sparsifier", "SwitchEvent"]
+
+
+@dataclass(frozen=True)
+class SwitchEvent:
+    """Masks began, or the second moment froze, or both.
+
+    Example:
+        >>> print(SwitchEvent(100, True, True, "t_max reached", "T_max = 100", "8 tensors"))
+        optimizer step 100: masks on, second moment frozen (8 tensors); t_max reached: T_max = 100
+    """
+
+    step: int  # optimizer steps taken
+    masks: bool
+    freeze: bool
+    rule: str
+    numbers: str
+    what: str
+
+    def __str__(self) -> str:
+        parts = ["masks on"] * self.masks + ["second moment frozen"] * self.freeze
+        return f"optimizer step {self.step}: {', '.join(parts)} ({self.what}); {self.rule}: {self.numbers}"
+
+
+class Sparsifier:
+    """Trains n:m masks along with a model, in any PyTorch loop.
+
+    Hooks the optimizer; the loop itself does not change. Call `lightning_step.strip` on the model at the end.
+
+    Args:
+        model: The model. Masks are installed in place, switched off until the recipe says so.
+        optimizer: The optimizer that holds its parameters. STEP needs one with a second-moment adapter.
+        n: Weights kept in every group.
+        m: Weights in a group.
+        recipe: How to learn the masks; `STEP` if None.
+        total_steps: Optimizer steps of the whole run; needed where the recipe has limits that are fractions.
+        include: Shell-style globs of what gets a mask; None: everything that can.
+        exclude: Globs of what stays dense.
+        overrides: Globs of what gets another n:m.
+        min_weights: Tensors with fewer weights stay dense.
+        read_every: Bring variance samples to the host and decide every so many optimizer steps.
+        max_coordinates: Sample the variance change on about this many coordinates at most.
+        measure_every: Measure the mask flip rate every so many optimizer steps; 0: never.
+        reduce: Adds a tensor up over all processes, where each sees only a shard of the second moment.
+        on_event: Called at every switch.
+
+    Raises:
+        TargetError: If there is nothing to mask, or the optimizer holds none of it.
+        OptimizerError: If the recipe freezes the second moment of an optimizer nobody knows.
+        ConfigurationError: If the recipe's limits do not fit the run.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(8, 4)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        >>> sparsifier = Sparsifier(model, optimizer, n=2, m=4, total_steps=10)
+        >>> for _ in range(10):
+        ...     model(torch.ones(1, 8)).square().sum().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> sparsifier.events[0].step, sparsifier.events[0].rule, int(model.weight.count_nonzero())
+        (5, 't_max reached', 16)
+
+    References:
+        Lu et al., `STEP <https://arxiv.org/abs/2302.01172>`_, ICML 2023, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        n: int = 2,
+        m: int = 4,
+        *,
+        recipe: Recipe | None = None,
+        total_steps: int | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        overrides: Overrides | None = None,
+        min_weights: int = 0,
+        read_every: int = 10,
+        max_coordinates: int = 65_536,
+        measure_every: int = 0,
+        reduce: Reduce | None = None,
+        on_event: Callable[[SwitchEvent], None] | None = None,
+    ) -> None:
+        self.recipe = STEP() if recipe is None else recipe
+        self.t = 0  # optimizer steps taken
+        self.events: list[SwitchEvent] = []
+        self.measure_every = measure_every
+        self._optimizer = optimizer
+        self._on_event = on_event
+        self._flip_rate: float | None = None
+        self._warned: set[str] = set()
+        self._live = False  # between the hooks of a step that has gradients
+
+        found = find_targets(
+            model, NMPattern(n, m), include=include, exclude=exclude, overrides=overrides, min_weights=min_weights
+        )
+        self.targets = held_by(optimizer, model, found)
+        self._masks = MaskSet(model, self.targets.masked, install_masks(model, self.targets.masked), self.recipe)
+        adapter = adapter_for(optimizer) if needs_adapter(self.recipe) else None
+        self._frozen = frozen_step(self.recipe, adapter, optimizer, model, self._masks)
+
+        def make_sampler(watcher: Watcher) -> SecondMomentSampler:
+            assert adapter is not None  # see needs_adapter
+            assert watcher.statistic is not None
+            scope = list(self._masks.parameters.values())
+            return SecondMomentSampler(
+                optimizer, adapter, scope, watcher.statistic, max_coordinates=max_coordinates, reduce=reduce
+            )
+
+        clock = clock_of(adapter, optimizer, total_steps)
+        self._board = SwitchBoard(switches(self.recipe), clock, make_sampler, read_every=max(1, read_every))
+        self.notes = self._board.notes  # what a user should know before the first step
+        self._hooks = StepHooks(optimizer, self._before_step, self._after_step)
+        self._decide()
+
+    @property
+    def phase(self) -> int:
+        """1 while the model trains dense, 2 once masks are on."""
+        return 2 if self._masks.enabled else 1
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the parameters whose second moment is frozen."""
+        return [] if self._frozen is None else list(self._frozen.names)
+
+    def gauges(self) -> dict[str, float]:
+        """What to plot after an optimizer step.
+
+        Returns:
+            ``phase``; until the switch ``variance_change``, ``window_mean`` and ``threshold``; in phase II ``flip_rate``.
+            Each only once it is known.
+        """
+        flips = {} if self._flip_rate is None else {"flip_rate": self._flip_rate}
+        return {"phase": float(self.phase), **self._board.gauges(), **flips}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to survive a crash and lives neither in the model nor in the optimizer.
+
+        Returns:
+            Plain numbers, strings, lists and dictionaries.
+        """
+        self._read()
+        return {
+            "version": STATE_VERSION,
+            "config": config_of(self.recipe, self.targets.masked),
+            "t": self.t,
+            "masks": self._masks.enabled,
+            "frozen": self.frozen,
+            "open": self._board.state_dict(),
+            "events": [vars(event) for event in self.events],
+            "flip_rate": self._flip_rate,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a checkpoint was written. Load the model and the optimizer too.
+
+        Args:
+            state: From `state_dict`.
+
+        Raises:
+            ResumeError: If it was written under another recipe or pattern, or by a newer version.
+        """
+        check_version(state)
+        check_config(saved=state["config"], current=config_of(self.recipe, self.targets.masked))
+        self.t = int(state["t"])
+        self._board.load_state_dict(state["open"])
+        self.events = [SwitchEvent(**event) for event in state["events"]]
+        self._flip_rate = state["flip_rate"]
+        self._masks.enable(bool(state["masks"]), self.t)
+        if self._frozen is not None:
+            self._frozen.restore(state["frozen"])
+
+    def check_restored(self) -> None:
+        """Make sure that the optimizer's state came back together with the phase. Call before the first resumed step.
+
+        Raises:
+            ResumeError: If it did not.
+        """
+        if self._frozen is not None:
+            self._frozen.check_restored()
+
+    def detach(self) -> None:
+        """Take the hooks off the optimizer; masks stay as they are."""
+        self._hooks.remove()
+
+    def _before_step(self) -> None:
+        self._live = any(p.grad is not None for group in self._optimizer.param_groups for p in group["params"])
+        if not self._live:  # the stock step moves nothing either
+            return
+        found_inf, grad_scale = self._scaler()
+        self._masks.edit_gradients(grad_scale)
+        self._board.observe(found_inf, grad_scale)
+        self._masks.before_step(measure=self._measures(self.t + 1))
+        if self._frozen is not None:
+            self._frozen.withhold()
+
+    def _after_step(self) -> None:
+        if not self._live:
+            return
+        self._live = False
+        if self._frozen is not None:
+            self._frozen.step(*self._scaler())
+        self.t += 1
+        flip_rate = self._masks.after_step(self.t)
+        self._flip_rate = self._flip_rate if flip_rate is None else flip_rate
+        self._decide()
+
+    def _measures(self, t: int) -> bool:
+        return self.measure_every > 0 and t % self.measure_every == 0
+
+    def _scaler(self) -> tuple[Tensor | None, Tensor | None]:
+        """What a loss scaler tells a fused optimizer for the time of one step."""
+        return getattr(self._optimizer, "found_inf", None), getattr(self._optimizer, "grad_scale", None)
+
+    def _decide(self) -> None:
+        due = self._board.due(self.t)
+        if due or self._measures(self.t):
+            self._read()
+        if due:
+            for roles, decision in list(self._board.decide(self.t)):
+                self._switch(roles, decision)
+
+    def _read(self) -> None:
+        if self._board.read():
+            self._warn(
+                "gradient",
+                f"Expected finite gradients, but got NaN or infinity before optimizer step {self.t}: no variance sample was "
+                "taken from it. Clip gradients, lower the learning rate, or find the layer with "
+                "Trainer(detect_anomaly=True).",
+            )
+
+    def _switch(self, roles: set[Role], decision: Decision) -> None:
+        frozen: list[str] = []
+        if "freeze" in roles and self._frozen is not None:
+            frozen = self._freeze(self._frozen)
+            if not frozen:
+                return
+        if "masks" in roles:
+            self._masks.begin(self.t)
+        self._board.close(roles)
+        count = len(frozen or self._masks.parameters)
+        what = f"{count} tensor{'s' * (count != 1)}"
+        event = SwitchEvent(self.t, "masks" in roles, "freeze" in roles, decision.rule, decision.numbers, what)
+        self.events.append(event)
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def _freeze(self, frozen: FrozenStep) -> list[str]:
+        """Names of what froze; nothing before the first step, when there is no second moment, or if it is not finite."""
+        bad = frozen.non_finite()
+        if not bad:
+            return frozen.freeze()
+        self._warn(
+            "moment",
+            f"Expected a finite second moment at the switch, but got NaN or infinity in {bad[0]!r} (and {len(bad) - 1} "
+            f"more) at optimizer step {self.t}: nothing is frozen. Go back to a checkpoint from before.",
+        )
+        return []
+
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, stacklevel=2)

@@ -1,0 +1,248 @@
+"""Which tensors get masks, grouped along which dimension, and why the others are left out.
+
+Note [Group dimension]
+    Groups run along the input (reduction) dimension of the product the layer computes, because that is where sparse
+    hardware skips work. Linear ``(out, in)``: dim 1. Conv ``(out, in, ...)``: dim 1, the input channels of one output
+    channel at one kernel position. Transposed conv ``(in, out, ...)``: dim 0. Hugging Face ``Conv1D`` ``(in, out)``: dim 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_step.errors import ArgumentTypeError, TargetError
+from lightning_step.globs import Selection
+from lightning_step.pattern import NMPattern
+
+__all__ = ["LeftOut", "Overrides", "Target", "Targets", "find_targets"]
+
+Overrides = Mapping[str, NMPattern | Sequence[int]]
+"""Shell-style glob to another n:m, for example ``{"blocks.0.*": (1, 4)}``; the last matching entry wins."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor that gets a mask.
+
+    Example:
+        >>> find_targets(nn.Linear(8, 4), NMPattern(2, 4)).masked[0].dim
+        1
+    """
+
+    name: str  # full name of the tensor, "blocks.0.fc.weight"
+    kind: str  # type of the layer that owns it, "Linear"
+    shape: tuple[int, ...]
+    dim: int  # the dimension that holds the groups
+    pattern: NMPattern
+    owners: tuple[tuple[str, str], ...]  # (module name, attribute) of every layer that shares the tensor
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """One tensor that stays dense, and why.
+
+    Example:
+        >>> find_targets(nn.Linear(8, 4), NMPattern(2, 4)).left_out[0].reason
+        '1-D (a bias or a scale)'
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+class Targets(NamedTuple):
+    """Every parameter of a model, in one of two lists.
+
+    Example:
+        >>> targets = find_targets(nn.Linear(8, 4), NMPattern(2, 4))
+        >>> len(targets.masked), len(targets.left_out)
+        (1, 1)
+    """
+
+    masked: tuple[Target, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+class _Use(NamedTuple):
+    """One layer's use of one parameter."""
+
+    module_name: str
+    attribute: str
+    module: nn.Module
+
+    @property
+    def tensor_name(self) -> str:
+        return f"{self.module_name}.{self.attribute}" if self.module_name else self.attribute
+
+
+def find_targets(
+    model: nn.Module,
+    pattern: NMPattern,
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    overrides: Overrides | None = None,
+    min_weights: int = 0,
+) -> Targets:
+    """Decide for every parameter whether it gets a mask.
+
+    Args:
+        model: The model. Not modified.
+        pattern: The n:m pattern of every tensor that ``overrides`` does not name.
+        include: Shell-style globs over module and tensor names; only what one matches gets a mask. None: everything.
+            A glob that matches a container covers all beneath it.
+        exclude: Globs of what stays dense; they win over ``include``.
+        overrides: Globs of what gets another n:m.
+        min_weights: Tensors with fewer weights stay dense. 256 is the smallest tile that sparse hardware takes.
+
+    Returns:
+        The tensors to mask, and those left out with the reason, both in the model's order.
+
+    Raises:
+        TargetError: If a glob matches nothing, or no tensor is left to mask.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 10))
+        >>> targets = find_targets(model, NMPattern(2, 4))
+        >>> [t.name for t in targets.masked], targets.left_out[0].reason
+        (['2.weight'], 'size 3 along dim 1 is not divisible by m=4')
+    """
+    selection = Selection.over(model, include, exclude, _as_patterns(overrides or {}))
+    masked: list[Target] = []
+    left_out: list[LeftOut] = []
+    for uses in _uses(model):
+        parameter = uses[0].module._parameters[uses[0].attribute]
+        assert parameter is not None  # _uses skips absent parameters
+        shape = () if is_lazy(parameter) else tuple(parameter.shape)
+        target = _judge(uses, parameter, pattern, selection, min_weights)
+        if isinstance(target, Target):
+            masked.append(target)
+        else:
+            left_out.append(LeftOut(uses[0].tensor_name, shape, target))
+    if not masked:
+        raise TargetError(_nothing_eligible(left_out))
+    return Targets(tuple(masked), tuple(left_out))
+
+
+def _judge(
+    uses: list[_Use], parameter: nn.Parameter, pattern: NMPattern, selection: Selection, min_weights: int
+) -> Target | str:
+    """The target, or the reason why it is none."""
+    names = [use.tensor_name for use in uses]
+    if is_lazy(parameter):
+        return "not initialized yet (run one batch through the lazy layer first)"
+    if parameter.dim() < 2:
+        return "1-D (a bias or a scale)"
+    refused = selection.refusal(names)
+    if refused is not None:
+        return refused
+    places = {_group_dim(use) for use in uses}
+    if _is_tied_embedding(uses) and not selection.names_exactly(names):
+        return f"tied to an embedding (name {names[-1]!r} in `include` to mask both)"
+    if None in places or len(places) > 1:
+        return _why_not_a_product(uses, places)
+    pattern = selection.override(names) or pattern
+    dim = places.pop()
+    assert dim is not None  # checked just above
+    reason = _why_not_this_tensor(uses[0], parameter, pattern, dim, min_weights)
+    if reason is not None:
+        return reason
+    owners = tuple((use.module_name, use.attribute) for use in uses)
+    return Target(names[0], _kind(uses), tuple(parameter.shape), dim, pattern, owners)
+
+
+def _why_not_this_tensor(use: _Use, parameter: nn.Parameter, pattern: NMPattern, dim: int, min_weights: int) -> str | None:
+    if not parameter.requires_grad:
+        return "not trainable"
+    if not parameter.dtype.is_floating_point:
+        return f"not a real floating-point tensor ({parameter.dtype})"
+    if parameter.numel() < min_weights:
+        return f"too small ({parameter.numel()} weights < min_weights={min_weights})"
+    size = parameter.shape[dim]
+    groups = getattr(use.module, "groups", 1) if _is_transposed(use.module) else 1
+    if size // groups % pattern.m:
+        within = f" within each of {groups} groups" if groups > 1 else ""
+        return f"size {size // groups} along dim {dim}{within} is not divisible by m={pattern.m}"
+    return None
+
+
+def _uses(model: nn.Module) -> Iterator[list[_Use]]:
+    """Every parameter once, with all the layers that share it."""
+    by_parameter: dict[int, list[_Use]] = {}
+    for module_name, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                by_parameter.setdefault(id(parameter), []).append(_Use(module_name, attribute, module))
+    yield from by_parameter.values()
+
+
+def _group_dim(use: _Use) -> int | None:
+    """See Note [Group dimension]; None where the layer does not multiply by the tensor."""
+    module, attribute = use.module, use.attribute
+    if isinstance(module, nn.MultiheadAttention):
+        return 1 if attribute in {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"} else None
+    if attribute != "weight":
+        return None
+    if _is_transposed(module) or _is_hf_conv1d(module):
+        return 0
+    if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return 1
+    # An embedding is a look-up, not a product: only ever masked together with the head that it is tied to.
+    return 1 if isinstance(module, nn.Embedding) else None
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+
+
+def _is_hf_conv1d(module: nn.Module) -> bool:
+    # By name, so that transformers need not be installed, let alone imported.
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def _is_tied_embedding(uses: list[_Use]) -> bool:
+    embeddings = [isinstance(use.module, nn.Embedding) for use in uses]
+    return any(embeddings) and not all(embeddings)
+
+
+def _why_not_a_product(uses: list[_Use], places: set[int | None]) -> str:
+    if None in places:
+        return f"{_kind(uses)}.{uses[0].attribute} is not a weight that N:M masks know"
+    return f"shared by layers that group it along different dimensions {sorted(d for d in places if d is not None)}"
+
+
+def _kind(uses: list[_Use]) -> str:
+    products = [use for use in uses if not isinstance(use.module, nn.Embedding)] or uses
+    cls = type(products[0].module)
+    return str(getattr(cls, "_nm_original", cls).__name__)
+
+
+def _as_patterns(overrides: Overrides) -> dict[str, NMPattern]:
+    patterns: dict[str, NMPattern] = {}
+    for glob, value in overrides.items():
+        if isinstance(value, NMPattern):
+            patterns[glob] = value
+        elif isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:
+            raise ArgumentTypeError(
+                f"Expected `overrides[{glob!r}]` to be an NMPattern or two integers [n, m], but got {value!r}."
+            )
+        else:
+            patterns[glob] = NMPattern(*value)
+    return patterns
+
+
+def _nothing_eligible(left_out: list[LeftOut]) -> str:
+    seen: dict[str, str] = {}
+    for entry in left_out:
+        seen.setdefault(entry.reason, entry.name)
+    why = "; ".join(f"{name}: {reason}" for reason, name in list(seen.items())[:6]) or "the model has no parameters"
+    return (
+        f"Expected at least one tensor to mask, but got none: all {len(left_out)} parameters are left out ({why}). "
+        "Widen `include`, shorten `exclude`, or choose an m that divides the layers' input size."
+    )

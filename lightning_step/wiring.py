@@ -1,0 +1,148 @@
+"""What a driver needs to know of a recipe, a model and an optimizer before the first step."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_step.errors import TargetError
+from lightning_step.freezing import FrozenStep
+from lightning_step.masking import MaskSet, parameter_of
+from lightning_step.optim import SecondMomentAdapter
+from lightning_step.recipes import AtStep, Clock, Recipe, Switch
+from lightning_step.targets import LeftOut, Targets
+from lightning_step.watching import Role
+
+__all__ = ["clock_of", "frozen_step", "held_by", "needs_adapter", "switches"]
+
+
+def needs_adapter(recipe: Recipe) -> bool:
+    """Whether a recipe has to read the second moment; if not, any torch optimizer will do.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        True if it freezes the second moment or samples it to find a switch.
+
+    Example:
+        >>> from lightning_step import SRSTE, STEP
+        >>> needs_adapter(STEP()), needs_adapter(SRSTE())
+        (True, False)
+    """
+    switch = recipe.masks()
+    return recipe.freeze() is not None or not (switch is None or isinstance(switch, AtStep))
+
+
+def switches(recipe: Recipe) -> dict[Role, Switch]:
+    """What each switch of a recipe begins.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        Role to switch.
+
+    Example:
+        >>> from lightning_step import STE
+        >>> switches(STE())
+        {'masks': AtStep(step=0)}
+    """
+    freeze, masks = recipe.freeze(), recipe.masks()
+    switches: dict[Role, Switch] = {}
+    if masks is not None:
+        switches["masks"] = masks
+    if freeze is not None:
+        switches["freeze"] = freeze.when
+    return switches
+
+
+def frozen_step(
+    recipe: Recipe, adapter: SecondMomentAdapter | None, optimizer: Optimizer, model: nn.Module, masks: MaskSet
+) -> FrozenStep | None:
+    """What takes the preconditioned steps of a recipe.
+
+    Args:
+        recipe: The recipe.
+        adapter: The optimizer's adapter, if the recipe needs one.
+        optimizer: The optimizer.
+        model: The model.
+        masks: The masked tensors.
+
+    Returns:
+        The frozen step, nothing frozen yet; None if the recipe never freezes.
+
+    Example:
+        >>> import torch
+        >>> from lightning_step import STE
+        >>> frozen_step(STE(), None, torch.optim.SGD([torch.zeros(1)]), nn.Linear(4, 4), None) is None
+        True
+    """
+    freeze = recipe.freeze()
+    if freeze is None or adapter is None:
+        return None
+    scope = masks.parameters if freeze.scope == "masked" else _names(optimizer, model)
+    return FrozenStep(optimizer, adapter, freeze, scope)
+
+
+def _names(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter the optimizer holds, by its name in the model (or its place, if it is of another model)."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {names.get(id(p), f"param_groups[{i}]"): p for i, p in enumerate(held)}
+
+
+def held_by(optimizer: Optimizer, model: nn.Module, targets: Targets) -> Targets:
+    """Leave out the targets whose parameter an optimizer does not hold.
+
+    Args:
+        optimizer: The optimizer.
+        model: The model the targets were found in.
+        targets: What could be masked.
+
+    Returns:
+        What this optimizer can train masks for.
+
+    Raises:
+        TargetError: If that is nothing.
+
+    Example:
+        >>> import torch
+        >>> from lightning_step import NMPattern, find_targets
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        >>> targets = find_targets(model, NMPattern(2, 4))
+        >>> [t.name for t in held_by(torch.optim.SGD(model[0].parameters()), model, targets).masked]
+        ['0.weight']
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    masked = tuple(t for t in targets.masked if id(parameter_of(model, t)) in held)
+    others = tuple(LeftOut(t.name, t.shape, "the optimizer does not hold it") for t in targets.masked if t not in masked)
+    if not masked:
+        raise TargetError(
+            f"Expected the optimizer to hold at least one tensor to mask, but got none of {len(targets.masked)} (the first "
+            f"is {targets.masked[0].name!r}). Make the optimizer from the parameters of the same model."
+        )
+    return Targets(masked, targets.left_out + others)
+
+
+def clock_of(adapter: SecondMomentAdapter | None, optimizer: Optimizer, total_steps: int | None) -> Clock:
+    """What a recipe's switches may know of the run.
+
+    Args:
+        adapter: The optimizer's adapter, if there is one.
+        optimizer: The optimizer.
+        total_steps: Optimizer steps of the whole run, if known.
+
+    Returns:
+        The clock.
+
+    Example:
+        >>> import torch
+        >>> clock_of(None, torch.optim.SGD([torch.zeros(1)]), 100)
+        Clock(total_steps=100, beta2=None, eps=None)
+    """
+    if adapter is None:
+        return Clock(total_steps)
+    # Groups may differ: the longest memory sets the window, the strictest eps the threshold.
+    moments = [adapter.moments(group) for group in optimizer.param_groups]
+    return Clock(total_steps, max(m.beta2 for m in moments), min(m.eps for m in moments))
