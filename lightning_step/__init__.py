@@ -1,6 +1,8 @@
 """Train N:M structured-sparse networks with Adam: the STEP recipe for Lightning and plain PyTorch."""
 
+from lightning_step.callbacks import SparseExport, STEPSparsityCallback
 from lightning_step.errors import LightningStepError
+from lightning_step.export import export_model, load_sparse
 from lightning_step.parametrization import NMMask, apply_nm_masks, strip
 from lightning_step.pattern import NMPattern
 from lightning_step.recipes import (
@@ -18,6 +20,7 @@ from lightning_step.recipes import (
 )
 from lightning_step.sparsifier import Sparsifier, SwitchEvent
 from lightning_step.targets import LeftOut, Target, Targets, find_targets
+from lightning_step.version import __version__
 
 __all__ = [
     "ASP",
@@ -33,13 +36,18 @@ __all__ = [
     "NMPattern",
     "Recipe",
     "RelativeNorm",
+    "STEPSparsityCallback",
+    "SparseExport",
     "Sparsifier",
     "Staleness",
     "Switch",
     "SwitchEvent",
     "Target",
     "Targets",
+    "__version__",
     "apply_nm_masks",
+    "export_model",
     "find_targets",
+    "load_sparse",
     "strip",
 ]

@@ -2,8 +2,8 @@
 
 Note [Withheld gradients]
     A parameter without a gradient is one that every optimizer skips. So in phase II the gradients of the frozen
-    parameters are withheld while the stock step runs, which then moves only the others; the adapter moves the frozen ones; and the
-    gradients are put back for whoever wants to look at them. ``optimizer.step`` itself stays what it was.
+    parameters are withheld while the stock step runs, which then moves only the others; the adapter moves the frozen
+    ones; and the gradients are put back for whoever wants to look at them. ``optimizer.step`` itself stays what it was.
 """
 
 from __future__ import annotations

@@ -250,7 +250,7 @@ def strip(model: nn.Module) -> list[str]:
                 done.add(id(parameter))
                 hardened.append(f"{name}.{attribute}" if name else attribute)
         if _masks_of(module):
-            module.__class__ = type(module)._nm_original  # type: ignore[assignment]
+            module.__class__ = _original(module)
             del module.__dict__["_nm_masks"]
     return hardened
 
@@ -262,10 +262,15 @@ def _masks_of(module: nn.Module) -> dict[str, NMMask]:
 
 def _install(module: nn.Module, attribute: str, mask: NMMask) -> None:
     masks = _masks_of(module) | {attribute: mask}
-    original = getattr(type(module), "_nm_original", type(module))
+    original = _original(module)
     # In __dict__, not through setattr: a registered child would show up in named_modules.
     module.__dict__["_nm_masks"] = masks
     module.__class__ = _masked_class(original, tuple(sorted(masks)))
+
+
+def _original(module: nn.Module) -> type[nn.Module]:
+    original: type[nn.Module] = getattr(type(module), "_nm_original", type(module))
+    return original
 
 
 def _masked_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
@@ -286,8 +291,8 @@ def _masked_property(attribute: str) -> property:
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     # The class is made at run time, so copies and pickles name the type and attributes it is made from.
-    _, _, *state = object.__reduce_ex__(self, protocol)
-    return (_rebuild, (type(self)._nm_original, tuple(sorted(_masks_of(self)))), *state)
+    reduced = tuple(object.__reduce_ex__(self, protocol))
+    return (_rebuild, (_original(self), tuple(sorted(_masks_of(self)))), *reduced[2:])
 
 
 def _rebuild(original: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:

@@ -9,7 +9,7 @@ from lightning_step.errors import ResumeError
 from lightning_step.recipes import Recipe, describe
 from lightning_step.targets import Target
 
-__all__ = ["STATE_VERSION", "check_config", "check_version", "config_of"]
+__all__ = ["STATE_VERSION", "brief", "check_config", "check_version", "config_of"]
 
 STATE_VERSION = 1
 
@@ -68,21 +68,34 @@ def check_config(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """
     if saved["recipe"] != current["recipe"]:
         raise ResumeError(
-            f"Expected the recipe of the checkpoint, {_brief(saved['recipe'])}, but got {_brief(current['recipe'])}. "
+            f"Expected the recipe of the checkpoint, {brief(saved['recipe'])}, but got {brief(current['recipe'])}. "
             "Resume with the same recipe, or load only the weights to start a new run."
         )
     if saved["patterns"] != current["patterns"]:
         raise ResumeError(
             "Expected the patterns of the checkpoint, but got others: "
-            f"{_differences(saved['patterns'], current['patterns'])}. Resume with the same n, m, include, exclude and overrides, "
-            "or load only the weights to start a new run."
+            f"{_differences(saved['patterns'], current['patterns'])}. "
+            "Resume with the same n, m, include, exclude and overrides, or load only the weights to start a new run."
         )
 
 
-def _brief(recipe: Any) -> str:
+def brief(recipe: Any) -> str:
+    """A described recipe on one line.
+
+    Args:
+        recipe: From `describe`.
+
+    Returns:
+        Its name and arguments as one would write them.
+
+    Example:
+        >>> from lightning_step import SRSTE
+        >>> brief(describe(SRSTE()))
+        'SRSTE(lam=0.0002)'
+    """
     if not isinstance(recipe, Mapping):
         return repr(recipe)
-    arguments = ", ".join(f"{key}={_brief(value)}" for key, value in recipe.items() if key != "type")
+    arguments = ", ".join(f"{key}={brief(value)}" for key, value in recipe.items() if key != "type")
     return f"{recipe.get('type')}({arguments})"
 
 

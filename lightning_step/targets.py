@@ -228,7 +228,7 @@ def _as_patterns(overrides: Overrides) -> dict[str, NMPattern]:
     for glob, value in overrides.items():
         if isinstance(value, NMPattern):
             patterns[glob] = value
-        elif isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:
+        elif isinstance(value, str) or len(value) != 2:
             raise ArgumentTypeError(
                 f"Expected `overrides[{glob!r}]` to be an NMPattern or two integers [n, m], but got {value!r}."
             )

@@ -1,1 +1,6 @@
 """Lightning callbacks: thin tables of hooks."""
+
+from lightning_step.callbacks.export import SparseExport
+from lightning_step.callbacks.step import STEPSparsityCallback
+
+__all__ = ["STEPSparsityCallback", "SparseExport"]

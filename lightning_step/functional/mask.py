@@ -51,7 +51,8 @@ def as_groups(tensor: Tensor, pattern: NMPattern, dim: int = -1) -> Tensor:
             f"Expected m to divide the group dimension, but got size {size} along dim {dim} of shape "
             f"{tuple(tensor.shape)} for the pattern {pattern}. Exclude the tensor or choose an m that divides {size}."
         )
-    return tensor.unflatten(dim, (size // pattern.m, pattern.m))
+    split = (*tensor.shape[:dim], size // pattern.m, pattern.m, *tensor.shape[dim + 1 :])
+    return tensor.view(split)  # splitting one dimension never needs a copy
 
 
 def nm_mask(scores: Tensor, pattern: NMPattern, dim: int = -1) -> Tensor:

@@ -4,7 +4,7 @@ Note [Mask rank]
     The kept places :math:`c_1 < c_2 < \dots < c_n` of a group are numbered by the combinatorial number system,
     :math:`r = \sum_j \binom{c_j}{j}`, which is a bijection onto :math:`0 \dots \binom{m}{n}-1`. It takes
     :math:`\lceil\log_2\binom{m}{n}\rceil` bits. Where that is more than 62, so that ranks would not fit a signed 64-bit
-    integer, the ``m`` bits of the mask itself are stored (from m = 67 on; at most 5 bits more).
+    integer, the ``m`` bits of the mask itself are stored (33:66 is the smallest such pattern).
     Groups follow one another without padding; within a field and within a byte the low bit comes first.
     ``docs/packed-format.md`` states the layout byte by byte.
 """
@@ -12,7 +12,7 @@ Note [Mask rank]
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ __all__ = ["Packed", "index_bytes", "index_width", "pack_nm", "unpack_nm"]
 _MAX_RANK_BITS = 62
 
 
-class Packed(NamedTuple):
+@dataclass(frozen=True)
+class Packed:
     """An n:m tensor without its zeros.
 
     Example:
@@ -103,7 +104,8 @@ def pack_nm(weight: Tensor, pattern: NMPattern, dim: int = -1) -> Packed:
         )
     rows = as_groups(weight.movedim(dim, -1), pattern).reshape(-1, pattern.m)  # (groups, m)
     places = _kept_places(rows, pattern)  # (groups, n), ascending
-    return Packed(rows.gather(1, places), _to_bytes(_fields(places, pattern)))
+    values = _movable(rows).gather(1, places).view(weight.dtype)
+    return Packed(values, _to_bytes(_fields(places, pattern)))
 
 
 def unpack_nm(packed: Packed, pattern: NMPattern, shape: tuple[int, ...], dim: int = -1) -> Tensor:
@@ -137,17 +139,22 @@ def unpack_nm(packed: Packed, pattern: NMPattern, shape: tuple[int, ...], dim: i
             f"but got {packed.index.numel()}. The file and its manifest do not belong together."
         )
     fields = _from_bytes(packed.index, groups, index_width(pattern))
-    rows = packed.values.new_zeros(groups, pattern.m).scatter_(1, _places(fields, pattern), packed.values)
+    values = _movable(packed.values)
+    rows = values.new_zeros(groups, pattern.m).scatter_(1, _places(fields, pattern), values).view(packed.values.dtype)
     moved = list(shape)
     moved.append(moved.pop(dim))
     return rows.reshape(moved).movedim(-1, dim).contiguous()
+
+
+def _movable(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor  # float8 has no gather and scatter kernels
 
 
 def _kept_places(rows: Tensor, pattern: NMPattern) -> Tensor:
     # Non-zeros first, then minus zeros, so that a kept weight that happens to be -0.0 comes back with its sign.
     score = 2 * (rows != 0).to(torch.int8)
     if rows.dtype.is_floating_point:
-        score += rows.signbit()
+        score += (rows.float() if rows.dtype.itemsize == 1 else rows).signbit()  # float8 has no signbit kernel
     kept = nm_mask(score, pattern)
     return kept.nonzero()[:, 1].reshape(-1, pattern.n)
 
@@ -181,8 +188,9 @@ def _places(fields: Tensor, pattern: NMPattern) -> Tensor:
 
 
 def _binomials(pattern: NMPattern, device: torch.device) -> Tensor:
-    """Row j holds C(c, j+1) for c = 0 .. m-1: (n, m), int64."""
-    rows = [[math.comb(c, j + 1) for c in range(pattern.m)] for j in range(pattern.n)]
+    """Row j holds C(c, j+1), at most C(m, n), for c = 0 .. m-1: (n, m), int64."""
+    # No rank reaches `choices`, so larger entries, which may not fit 64 bits, are never chosen.
+    rows = [[min(math.comb(c, j + 1), pattern.choices) for c in range(pattern.m)] for j in range(pattern.n)]
     return torch.tensor(rows, dtype=torch.long, device=device)
 
 

@@ -6,7 +6,7 @@ Each is an update (tensors to a (sum, count) pair, shape ``(2,)``, float64) that
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ __all__ = [
 ]
 
 
-class Violation(NamedTuple):
+@dataclass(frozen=True)
+class Violation:
     """The first group that does not hold its pattern.
 
     Example:
@@ -68,7 +69,7 @@ def density_update(weight: Tensor) -> Tensor:
         >>> ratio_compute(density_update(torch.tensor([1., 0., 0., 2.])))
         0.5
     """
-    return _pair(weight.count_nonzero(), weight.numel())
+    return _pair((weight != 0).sum(), weight.numel())  # float8 has no count_nonzero kernel
 
 
 def violation_update(weight: Tensor, pattern: NMPattern, dim: int = -1) -> Tensor:

@@ -1,0 +1,278 @@
+"""The Lightning callback that trains masks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_step.callbacks.trainer import builds_late, callbacks_of, log_interval, total_steps
+from lightning_step.errors import ConfigurationError, ResumeError, TargetError
+from lightning_step.masking import parameter_of
+from lightning_step.parametrization import apply_nm_masks, nm_masks
+from lightning_step.pattern import NMPattern
+from lightning_step.recipes import STEP, Recipe, describe
+from lightning_step.resume import STATE_VERSION, brief, check_version
+from lightning_step.sparsifier import Sparsifier, SwitchEvent
+from lightning_step.summary import format_targets
+from lightning_step.targets import Targets
+
+__all__ = ["STEPSparsityCallback"]
+
+
+class STEPSparsityCallback(pl.Callback):
+    """Learns N:M masks while a Lightning ``Trainer`` fits.
+
+    The model, its optimizer and its schedulers stay as they are. Masks are part of the forward pass in every stage once the
+    recipe has switched them on; weights in checkpoints are the latent (dense) ones under their plain names.
+
+    Args:
+        n: Weights KEPT in every group of ``m`` along the input dimension.
+        m: Weights in a group.
+        recipe: How to learn the masks: `STEP` (if None), `SRSTE`, `STE`, `ASP`, `Dense`.
+        include: Shell-style globs over module and tensor names of what gets a mask; None: everything that can.
+        exclude: Globs of what stays dense.
+        overrides: Globs of what gets another pattern, as ``{glob: [n, m]}``; the last matching entry wins.
+        min_weights: Tensors with fewer weights stay dense.
+        read_every: Bring variance samples to the host, and decide, every so many optimizer steps.
+        max_coordinates: Sample the variance change on about this many coordinates at most.
+        verbose: Print the start table and a line at every switch (rank 0).
+
+    Raises:
+        PatternError: If n:m is no pattern.
+        TargetError: At ``setup``, if a glob matches nothing or no tensor is left to mask.
+        ConfigurationError: At ``setup``, if the trainer has two of these; at fit start, if the recipe's limits do not fit.
+        OptimizerError: At fit start, if the recipe has to freeze the second moment of an optimizer nobody knows.
+        ResumeError: On resume, if the checkpoint was written under another pattern or recipe.
+
+    Example:
+        >>> from lightning_step import SRSTE
+        >>> STEPSparsityCallback(n=1, m=4, recipe=SRSTE(lam=1e-3), exclude=["head.*"]).pattern
+        NMPattern(n=1, m=4)
+
+    References:
+        Lu et al., `STEP <https://arxiv.org/abs/2302.01172>`_, ICML 2023.
+    """
+
+    def __init__(
+        self,
+        n: int = 2,
+        m: int = 4,
+        recipe: Recipe | None = None,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        overrides: dict[str, list[int]] | None = None,
+        min_weights: int = 0,
+        read_every: int = 10,
+        max_coordinates: int = 65_536,
+        verbose: bool = True,
+    ) -> None:
+        self.pattern = NMPattern(n, m)
+        self.recipe: Recipe = STEP() if recipe is None else recipe
+        self.verbose = verbose
+        self.sparsifiers: list[Sparsifier] = []  # one per optimizer that holds masked tensors, while fitting
+        self.targets: Targets | None = None
+        self._selection: dict[str, Any] = {
+            "include": include,
+            "exclude": exclude or (),
+            "overrides": overrides,
+            "min_weights": min_weights,
+        }
+        self._sampling: dict[str, Any] = {"read_every": read_every, "max_coordinates": max_coordinates}
+        self._restored: dict[str, Any] | None = None
+        self._fitted: Callable[[], pl.LightningModule | None] = lambda: None
+        self._silent = not verbose
+        self._logged_at = -1
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called first in every stage. Puts masks, switched off, on the layers that exist already."""
+        others = [callback for callback in callbacks_of(trainer) if isinstance(callback, STEPSparsityCallback)]
+        if len(others) > 1:
+            raise ConfigurationError(
+                f"Expected one STEPSparsityCallback per Trainer, but got {len(others)}. Give single layers another pattern "
+                "with `overrides`, and choose one recipe."
+            )
+        try:
+            self._apply_masks(pl_module)
+        except TargetError:
+            # Layers may still be made in the module's own setup or configure_model; then on_fit_start finds them.
+            if not builds_late(pl_module):
+                raise
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when optimizers exist but their state is not restored yet. Hooks the optimizers."""
+        self.targets = self._apply_masks(pl_module)
+        restored = self._restored or self._carried_over(pl_module)
+        self._silent = restored is not None  # the switches of the past have been announced
+        self.sparsifiers = [self._sparsifier(trainer, pl_module, optimizer) for optimizer in self._holders(trainer)]
+        self._silent = not self.verbose
+        self._fitted = weakref.ref(pl_module)
+        if restored is not None:
+            self._restore(restored)
+        if self.verbose:
+            rank_zero_info(f"{format_targets(self._shown_targets())}\nrecipe: {brief(describe(self.recipe))}")
+            for note in dict.fromkeys(note for sparsifier in self.sparsifiers for note in sparsifier.notes):
+                rank_zero_info(f"note: {note}")
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when everything is restored. Makes sure that the optimizer came back together with the phase."""
+        for sparsifier in self.sparsifiers:
+            sparsifier.check_restored()
+        self._restored = None
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called after every batch. Logs what the switch sees, every ``log_every_n_steps`` optimizer steps."""
+        step, every = trainer.global_step, log_interval(trainer)
+        if not every or not step or step % every or step == self._logged_at:
+            return
+        self._logged_at = step
+        for i, sparsifier in enumerate(self.sparsifiers):
+            prefix = "sparsity" if len(self.sparsifiers) == 1 else f"sparsity/{i}"
+            metrics = {f"{prefix}/{name}": value for name, value in sparsifier.gauges().items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=step)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before validation. Outside of fitting, switches masks on if the loaded checkpoint had them on."""
+        self._enable_restored(pl_module)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before testing. Switches masks on if the loaded checkpoint had them on."""
+        self._enable_restored(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before predicting. Switches masks on if the loaded checkpoint had them on."""
+        self._enable_restored(pl_module)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called last in every stage. Takes the hooks off the optimizers; masks stay on the model."""
+        self._detach()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Called when training is interrupted. Takes the hooks off the optimizers."""
+        self._detach()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Phase, switch step, reason and window of every optimizer: plain values, never empty."""
+        if self._restored is not None:
+            return self._restored  # in a stage that does not train: hand on what was there
+        return {"version": STATE_VERSION, "optimizers": [sparsifier.state_dict() for sparsifier in self.sparsifiers]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Called when a checkpoint is loaded, before optimizers exist. Keeps the state until they do."""
+        check_version(state_dict)
+        self._restored = state_dict
+
+    def manifest_info(self) -> dict[str, Any]:
+        """What an exported file should say of its training.
+
+        Returns:
+            Recipe and switches as plain values.
+
+        Example:
+            >>> STEPSparsityCallback().manifest_info()["recipe"]["type"]
+            'STEP'
+        """
+        events = [str(event) for sparsifier in self.sparsifiers for event in sparsifier.events]
+        return {"recipe": describe(self.recipe), "switches": events}
+
+    def _apply_masks(self, pl_module: pl.LightningModule) -> Targets:
+        return apply_nm_masks(pl_module, self.pattern, enabled=False, **self._selection)
+
+    def _holders(self, trainer: pl.Trainer) -> list[Optimizer]:
+        """The optimizers that hold at least one tensor to mask."""
+        assert self.targets is not None  # set just before
+        masked = {id(parameter_of(trainer.lightning_module, target)) for target in self.targets.masked}
+        holders = [o for o in trainer.optimizers if any(id(p) in masked for g in o.param_groups for p in g["params"])]
+        if not holders:
+            raise TargetError(
+                f"Expected an optimizer that holds one of the {len(masked)} tensors to mask, but got none among "
+                f"{[type(optimizer).__name__ for optimizer in trainer.optimizers]}. Return one over the model's own "
+                "parameters from configure_optimizers."
+            )
+        return holders
+
+    def _sparsifier(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> Sparsifier:
+        def reduce(tensor: Tensor) -> Tensor:
+            total = trainer.strategy.reduce(tensor, reduce_op="sum")
+            assert isinstance(total, Tensor)  # a tensor goes in
+            return total
+
+        return Sparsifier(
+            pl_module,
+            optimizer,
+            self.pattern.n,
+            self.pattern.m,
+            recipe=self.recipe,
+            total_steps=total_steps(trainer),
+            measure_every=log_interval(trainer),
+            reduce=reduce if trainer.world_size > 1 else None,
+            on_event=self._announce,
+            **self._selection,
+            **self._sampling,
+        )
+
+    def _announce(self, event: SwitchEvent) -> None:
+        if not self._silent:
+            rank_zero_info(f"lightning-step, {event}")
+
+    def _carried_over(self, pl_module: pl.LightningModule) -> dict[str, Any] | None:
+        """A second fit of the same model goes on in its phase; its optimizer is new, so nothing in it is frozen."""
+        if not self.sparsifiers or self._fitted() is not pl_module:
+            return None
+        states = [sparsifier.state_dict() for sparsifier in self.sparsifiers]
+        if any(state["frozen"] for state in states):
+            rank_zero_warn(
+                "This model was fitted before. Its masks go on, but Lightning has made a new optimizer, so the frozen "
+                "second moment is gone and Adam's own is used. To go on exactly, pass `ckpt_path` to fit."
+            )
+        return {"version": STATE_VERSION, "optimizers": [{**state, "frozen": []} for state in states]}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        saved = state["optimizers"]
+        if len(saved) != len(self.sparsifiers):
+            raise ResumeError(
+                f"Expected {len(saved)} optimizers with masked tensors, as in the checkpoint, but got "
+                f"{len(self.sparsifiers)}. Resume with the same configure_optimizers."
+            )
+        for sparsifier, own in zip(self.sparsifiers, saved, strict=True):
+            sparsifier.load_state_dict(own)
+
+    def _enable_restored(self, pl_module: pl.LightningModule) -> None:
+        if self._restored is None or pl_module.trainer.state.fn == "fit":
+            return
+        self.targets = self._apply_masks(pl_module)
+        masks = nm_masks(pl_module)
+        for own in self._restored["optimizers"]:
+            for name in own["config"]["patterns"]:
+                if name in masks:
+                    masks[name].enabled = bool(own["masks"])
+
+    def _shown_targets(self) -> Targets:
+        """All that some optimizer trains masks for, and the rest with the reason."""
+        held = {target.name: target for sparsifier in self.sparsifiers for target in sparsifier.targets.masked}
+        left_out = {entry.name: entry for sparsifier in self.sparsifiers for entry in sparsifier.targets.left_out}
+        return Targets(tuple(held.values()), tuple(e for name, e in left_out.items() if name not in held))
+
+    def _detach(self) -> None:
+        for sparsifier in self.sparsifiers:
+            sparsifier.detach()

@@ -1,0 +1,117 @@
+"""What a file says of itself, in the header of the safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from lightning_step.errors import FileFormatError, LightningStepError
+from lightning_step.pattern import NMPattern
+from lightning_step.version import __version__
+
+__all__ = ["HEADER_KEY", "MANIFEST_VERSION", "Format", "Manifest", "SparseTensor"]
+
+HEADER_KEY = "lightning_step"
+MANIFEST_VERSION = 1
+
+Format = Literal["dense", "packed"]
+"""``dense``: plain keys and exact zeros, read by every safetensors loader; ``packed``: half the bytes at 2:4."""
+
+
+@dataclass(frozen=True)
+class SparseTensor:
+    """One tensor that holds an n:m pattern; it was verified when the file was written.
+
+    Example:
+        >>> SparseTensor(2, 4, 1, (8, 16)).pattern
+        NMPattern(n=2, m=4)
+    """
+
+    n: int  # weights KEPT in every group
+    m: int  # weights in a group
+    dim: int  # the dimension that holds the groups
+    shape: tuple[int, ...]  # of the dense tensor
+
+    @property
+    def pattern(self) -> NMPattern:
+        """The pattern as a value.
+
+        Returns:
+            n:m.
+        """
+        return NMPattern(self.n, self.m)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of one file.
+
+    Example:
+        >>> manifest = Manifest("dense", {"weight": SparseTensor(2, 4, 1, (8, 16))})
+        >>> Manifest.from_json(manifest.to_json()) == manifest
+        True
+    """
+
+    format: Format
+    sparse: Mapping[str, SparseTensor]
+    aliases: Mapping[str, str] = field(default_factory=dict)  # name of a tied tensor -> name it is stored under
+    info: Mapping[str, Any] = field(default_factory=dict)  # recipe, switch: plain values, for people
+
+    def to_json(self) -> str:
+        """Write it down.
+
+        Returns:
+            One line of JSON.
+        """
+        body = {
+            "version": MANIFEST_VERSION,
+            "written_by": f"lightning-step {__version__}",
+            "n_means": "weights kept of every m consecutive ones along dim",
+            **asdict(self),
+        }
+        return json.dumps(body, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read it back.
+
+        Args:
+            text: From `to_json`, of this version or an older one.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            FileFormatError: If it is newer than this version, or damaged.
+        """
+        try:
+            body = json.loads(text)
+            found = body["version"]
+            if not isinstance(found, int) or found > MANIFEST_VERSION:
+                raise FileFormatError(
+                    f"Expected a manifest of version {MANIFEST_VERSION} or older, but got version {found!r}. "
+                    "Update lightning-step to read this file."
+                )
+            sparse = {str(name): _tensor(entry) for name, entry in body["sparse"].items()}
+            if body["format"] not in ("dense", "packed"):
+                raise ValueError(f"unknown format {body['format']!r}")
+            return cls(body["format"], sparse, dict(body["aliases"]), dict(body["info"]))
+        except FileFormatError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, LightningStepError) as error:
+            raise FileFormatError(
+                f"Expected a manifest written by lightning-step, but got a damaged one ({error!r}). Export the model again."
+            ) from error
+
+
+def _tensor(entry: Mapping[str, Any]) -> SparseTensor:
+    shape = tuple(entry["shape"])
+    sizes = (entry["n"], entry["m"], entry["dim"], *shape)
+    if not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
+        raise ValueError(f"n, m, dim and shape must be integers: {sizes}")
+    if not 0 <= entry["dim"] < len(shape) or min(shape) < 0:
+        raise ValueError(f"dim {entry['dim']} is not one of shape {shape}")
+    NMPattern(entry["n"], entry["m"])  # refuses what is no pattern
+    return SparseTensor(entry["n"], entry["m"], entry["dim"], shape)

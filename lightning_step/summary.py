@@ -1,0 +1,92 @@
+"""The start table: what is masked, what is not, and why."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+from lightning_step.targets import LeftOut, Target, Targets
+
+__all__ = ["format_table", "format_targets"]
+
+
+def format_targets(targets: Targets) -> str:
+    """Lay out what gets a mask and what stays dense; tensors that differ only in a layer number share a row.
+
+    Args:
+        targets: From `find_targets`.
+
+    Returns:
+        Several lines of plain text.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_step import NMPattern, find_targets
+        >>> print(format_targets(find_targets(nn.Linear(8, 4), NMPattern(2, 4))))
+        N:M masks on 1 of 2 tensors: 32 of 36 weights (88.9 %), of which 16 are kept
+        masked  layer   shape   n:m  along  tensors
+        weight  Linear  (4, 8)  2:4  dim 1        1
+        left dense  shape  tensors  why
+        bias        (4,)         1  1-D (a bias or a scale)
+    """
+    masked = sum(math.prod(t.shape) for t in targets.masked)
+    kept = sum(math.prod(t.shape) * t.pattern.n // t.pattern.m for t in targets.masked)
+    total = masked + sum(math.prod(entry.shape) for entry in targets.left_out)
+    count = len(targets.masked) + len(targets.left_out)
+    head = (
+        f"N:M masks on {len(targets.masked)} of {count} tensors: {masked:,} of {total:,} weights "
+        f"({masked / total:.1%}), of which {kept:,} are kept".replace("%", " %")
+    )
+    return "\n".join([head, *_masked_rows(targets.masked), *_left_out_rows(targets.left_out)])
+
+
+def format_table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
+    """Pad columns to one width.
+
+    Args:
+        rows: Cells, the header first.
+        right: Columns that are aligned to the right.
+
+    Returns:
+        One line per row.
+
+    Example:
+        >>> format_table([["name", "n"], ["a", "10"]], right=[1])
+        ['name   n', 'a     10']
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    aligned = set(right)
+    lines = []
+    for row in rows:
+        cells = [c.rjust(w) if i in aligned else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _masked_rows(masked: Sequence[Target]) -> list[str]:
+    merged: dict[tuple[str, ...], int] = {}
+    for t in masked:
+        key = (_without_numbers(t.name), t.kind, str(t.shape), str(t.pattern), f"dim {t.dim}")
+        merged[key] = merged.get(key, 0) + 1
+    rows = [["masked", "layer", "shape", "n:m", "along", "tensors"]]
+    return format_table(rows + [[*key, str(count)] for key, count in merged.items()], right=[5])
+
+
+def _left_out_rows(left_out: Sequence[LeftOut]) -> list[str]:
+    if not left_out:
+        return []
+    # Biases and scales are many and of no interest: one row for all of the same reason.
+    merged: dict[tuple[str, str, str], int] = {}
+    for entry in left_out:
+        name, shape = _without_numbers(entry.name), str(entry.shape)
+        if len(entry.shape) == 1 and sum(e.reason == entry.reason for e in left_out) > 1:
+            name, shape = "biases and scales", ""
+        key = (name, shape, entry.reason)
+        merged[key] = merged.get(key, 0) + 1
+    rows = [["left dense", "shape", "tensors", "why"]]
+    return format_table(rows + [[n, s, str(count), why] for (n, s, why), count in merged.items()], right=[2])
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
