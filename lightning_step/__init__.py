@@ -3,7 +3,7 @@
 from lightning_step.callbacks import SparseExport, STEPSparsityCallback
 from lightning_step.errors import LightningStepError
 from lightning_step.export import export_model, load_sparse
-from lightning_step.parametrization import NMMask, apply_nm_masks, strip
+from lightning_step.parametrization import NMMask, apply_nm_masks, nm_masks, strip
 from lightning_step.pattern import NMPattern
 from lightning_step.recipes import (
     ASP,
@@ -49,5 +49,6 @@ __all__ = [
     "export_model",
     "find_targets",
     "load_sparse",
+    "nm_masks",
     "strip",
 ]

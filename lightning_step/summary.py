@@ -28,7 +28,7 @@ def format_targets(targets: Targets) -> str:
         masked  layer   shape   n:m  along  tensors
         weight  Linear  (4, 8)  2:4  dim 1        1
         left dense  shape  tensors  why
-        bias        (4,)         1  1-D (a bias or a scale)
+        bias                     1  1-D (a bias or a scale)
     """
     masked = sum(math.prod(t.shape) for t in targets.masked)
     kept = sum(math.prod(t.shape) * t.pattern.n // t.pattern.m for t in targets.masked)
@@ -65,27 +65,29 @@ def format_table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> li
 
 
 def _masked_rows(masked: Sequence[Target]) -> list[str]:
-    merged: dict[tuple[str, ...], int] = {}
+    merged: dict[tuple[str, ...], list[str]] = {}
     for t in masked:
         key = (_without_numbers(t.name), t.kind, str(t.shape), str(t.pattern), f"dim {t.dim}")
-        merged[key] = merged.get(key, 0) + 1
+        merged.setdefault(key, []).append(t.name)
     rows = [["masked", "layer", "shape", "n:m", "along", "tensors"]]
-    return format_table(rows + [[*key, str(count)] for key, count in merged.items()], right=[5])
+    for (pattern, *cells), names in merged.items():
+        rows.append([pattern if len(names) > 1 else names[0], *cells, str(len(names))])
+    return format_table(rows, right=[5])
 
 
 def _left_out_rows(left_out: Sequence[LeftOut]) -> list[str]:
     if not left_out:
         return []
     # Biases and scales are many and of no interest: one row for all of the same reason.
-    merged: dict[tuple[str, str, str], int] = {}
+    merged: dict[tuple[str, str, str], list[str]] = {}
     for entry in left_out:
-        name, shape = _without_numbers(entry.name), str(entry.shape)
-        if len(entry.shape) == 1 and sum(e.reason == entry.reason for e in left_out) > 1:
-            name, shape = "biases and scales", ""
-        key = (name, shape, entry.reason)
-        merged[key] = merged.get(key, 0) + 1
+        one_d = len(entry.shape) == 1
+        key = ("biases and scales" if one_d else _without_numbers(entry.name), "" if one_d else str(entry.shape), entry.reason)
+        merged.setdefault(key, []).append(entry.name)
     rows = [["left dense", "shape", "tensors", "why"]]
-    return format_table(rows + [[n, s, str(count), why] for (n, s, why), count in merged.items()], right=[2])
+    for (pattern, shape, why), names in merged.items():
+        rows.append([pattern if len(names) > 1 else names[0], shape, str(len(names)), why])
+    return format_table(rows, right=[2])
 
 
 def _without_numbers(name: str) -> str:

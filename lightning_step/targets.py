@@ -142,7 +142,7 @@ def _judge(
     refused = selection.refusal(names)
     if refused is not None:
         return refused
-    places = {_group_dim(use) for use in uses}
+    places = {_group_dim(use) for use in _products(uses)}
     if _is_tied_embedding(uses) and not selection.names_exactly(names):
         return f"tied to an embedding (name {names[-1]!r} in `include` to mask both)"
     if None in places or len(places) > 1:
@@ -154,7 +154,7 @@ def _judge(
     if reason is not None:
         return reason
     owners = tuple((use.module_name, use.attribute) for use in uses)
-    return Target(names[0], _kind(uses), tuple(parameter.shape), dim, pattern, owners)
+    return Target(names[0], _kind(_products(uses)[0]), tuple(parameter.shape), dim, pattern, owners)
 
 
 def _why_not_this_tensor(use: _Use, parameter: nn.Parameter, pattern: NMPattern, dim: int, min_weights: int) -> str | None:
@@ -191,10 +191,13 @@ def _group_dim(use: _Use) -> int | None:
         return None
     if _is_transposed(module) or _is_hf_conv1d(module):
         return 0
-    if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return 1
+    return 1 if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) else None
+
+
+def _products(uses: list[_Use]) -> list[_Use]:
+    """The uses that say how to group; all of them where there are only embeddings, which are then left out."""
     # An embedding is a look-up, not a product: only ever masked together with the head that it is tied to.
-    return 1 if isinstance(module, nn.Embedding) else None
+    return [use for use in uses if not isinstance(use.module, nn.Embedding)] or uses
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -213,13 +216,13 @@ def _is_tied_embedding(uses: list[_Use]) -> bool:
 
 def _why_not_a_product(uses: list[_Use], places: set[int | None]) -> str:
     if None in places:
-        return f"{_kind(uses)}.{uses[0].attribute} is not a weight that N:M masks know"
+        stranger = next(use for use in _products(uses) if _group_dim(use) is None)
+        return f"{_kind(stranger)}.{stranger.attribute} is not a weight that N:M masks know"
     return f"shared by layers that group it along different dimensions {sorted(d for d in places if d is not None)}"
 
 
-def _kind(uses: list[_Use]) -> str:
-    products = [use for use in uses if not isinstance(use.module, nn.Embedding)] or uses
-    cls = type(products[0].module)
+def _kind(use: _Use) -> str:
+    cls = type(use.module)
     return str(getattr(cls, "_nm_original", cls).__name__)
 
 
@@ -228,7 +231,7 @@ def _as_patterns(overrides: Overrides) -> dict[str, NMPattern]:
     for glob, value in overrides.items():
         if isinstance(value, NMPattern):
             patterns[glob] = value
-        elif isinstance(value, str) or len(value) != 2:
+        elif isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or len(value) != 2:
             raise ArgumentTypeError(
                 f"Expected `overrides[{glob!r}]` to be an NMPattern or two integers [n, m], but got {value!r}."
             )

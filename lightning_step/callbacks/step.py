@@ -111,16 +111,18 @@ class STEPSparsityCallback(pl.Callback):
         """Called when optimizers exist but their state is not restored yet. Hooks the optimizers."""
         self.targets = self._apply_masks(pl_module)
         restored = self._restored or self._carried_over(pl_module)
-        self._silent = restored is not None  # the switches of the past have been announced
+        self._silent = True  # a switch at step 0 is announced below the table, a restored one not again
         self.sparsifiers = [self._sparsifier(trainer, pl_module, optimizer) for optimizer in self._holders(trainer)]
         self._silent = not self.verbose
         self._fitted = weakref.ref(pl_module)
-        if restored is not None:
-            self._restore(restored)
         if self.verbose:
             rank_zero_info(f"{format_targets(self._shown_targets())}\nrecipe: {brief(describe(self.recipe))}")
-            for note in dict.fromkeys(note for sparsifier in self.sparsifiers for note in sparsifier.notes):
-                rank_zero_info(f"note: {note}")
+        if restored is not None:
+            self._restore(restored)
+            return
+        for sparsifier in self.sparsifiers:
+            for line in (*sparsifier.notes, *sparsifier.events):
+                self._say(f"lightning-step, {line}")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -232,8 +234,11 @@ class STEPSparsityCallback(pl.Callback):
         )
 
     def _announce(self, event: SwitchEvent) -> None:
+        self._say(f"lightning-step, {event}")
+
+    def _say(self, line: str) -> None:
         if not self._silent:
-            rank_zero_info(f"lightning-step, {event}")
+            rank_zero_info(line)
 
     def _carried_over(self, pl_module: pl.LightningModule) -> dict[str, Any] | None:
         """A second fit of the same model goes on in its phase; its optimizer is new, so nothing in it is frozen."""

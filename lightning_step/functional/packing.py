@@ -4,7 +4,7 @@ Note [Mask rank]
     The kept places :math:`c_1 < c_2 < \dots < c_n` of a group are numbered by the combinatorial number system,
     :math:`r = \sum_j \binom{c_j}{j}`, which is a bijection onto :math:`0 \dots \binom{m}{n}-1`. It takes
     :math:`\lceil\log_2\binom{m}{n}\rceil` bits. Where that is more than 62, so that ranks would not fit a signed 64-bit
-    integer, the ``m`` bits of the mask itself are stored (33:66 is the smallest such pattern).
+    integer, the ``m`` bits of the mask itself are stored (from m = 66 on).
     Groups follow one another without padding; within a field and within a byte the low bit comes first.
     ``docs/packed-format.md`` states the layout byte by byte.
 """
@@ -104,7 +104,7 @@ def pack_nm(weight: Tensor, pattern: NMPattern, dim: int = -1) -> Packed:
         )
     rows = as_groups(weight.movedim(dim, -1), pattern).reshape(-1, pattern.m)  # (groups, m)
     places = _kept_places(rows, pattern)  # (groups, n), ascending
-    values = _movable(rows).gather(1, places).view(weight.dtype)
+    values = _as_integers(rows).gather(1, places).view(weight.dtype)
     return Packed(values, _to_bytes(_fields(places, pattern)))
 
 
@@ -139,15 +139,16 @@ def unpack_nm(packed: Packed, pattern: NMPattern, shape: tuple[int, ...], dim: i
             f"but got {packed.index.numel()}. The file and its manifest do not belong together."
         )
     fields = _from_bytes(packed.index, groups, index_width(pattern))
-    values = _movable(packed.values)
-    rows = values.new_zeros(groups, pattern.m).scatter_(1, _places(fields, pattern), values).view(packed.values.dtype)
+    values = _as_integers(packed.values)
+    rows = values.new_zeros(groups, pattern.m).scatter_(1, _places(fields, pattern), values)
     moved = list(shape)
     moved.append(moved.pop(dim))
-    return rows.reshape(moved).movedim(-1, dim).contiguous()
+    return rows.reshape(moved).movedim(-1, dim).contiguous().view(packed.values.dtype)
 
 
-def _movable(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor  # float8 has no gather and scatter kernels
+def _as_integers(tensor: Tensor) -> Tensor:
+    # Half-precision scatter goes through float32, which rewrites signalling NaNs; float8 has no gather and no scatter.
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
 
 
 def _kept_places(rows: Tensor, pattern: NMPattern) -> Tensor:

@@ -151,7 +151,7 @@ def adapter_for(optimizer: Optimizer) -> SecondMomentAdapter:
     """
     adapter = _adapters.get(type(optimizer))
     if adapter is None:
-        known = ", ".join(sorted(f"{t.__module__.partition('.')[0]}.{t.__qualname__}" for t in _adapters))
+        known = ", ".join(sorted(f"{t.__module__}.{t.__qualname__}" for t in _adapters))
         cls = type(optimizer)
         raise OptimizerError(
             f"Expected an optimizer with a registered second-moment adapter (known: {known}), but got "

@@ -1,0 +1,67 @@
+# `make help` lists the targets. Everything lives in .venv; a target that finds it complete installs nothing.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+# Where PyTorch publishes its CPU builds; only asked when the usual index has none.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := $(VENV)/bin
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+.PHONY: demo
+demo: $(VENV)/.ready ## train dense and STEP 2:4 on text that ships with Python, export, load back (about 3 minutes)
+	@$(BIN)/python examples/demo.py
+
+.PHONY: test
+test: $(VENV)/.ready ## the whole test suite
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: lint
+lint: $(VENV)/.ready ## ruff and mypy --strict
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+.PHONY: format
+format: $(VENV)/.ready ## let ruff lay the code out
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+.PHONY: compare
+compare: $(VENV)/.ready ## every recipe on the demo task, tuned, three seeds (about three quarters of an hour)
+	@$(BIN)/python examples/benchmarks/compare.py
+
+.PHONY: gpu
+gpu: ## the checks that need a CUDA device, with the Python and torch that are there (no installs)
+	@$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests
+
+.PHONY: coverage
+coverage: $(VENV)/.ready ## branch coverage of the package
+	@$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered
+
+.PHONY: build
+build: $(VENV)/.ready ## the wheel and the source archive, in dist/
+	@$(BIN)/python -m build
+
+.PHONY: clean
+clean: ## remove what the other targets made
+	rm -rf $(VENV) build dist out lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch first and by itself: a bare `torch`, asked for by another package, would bring gigabytes of CUDA libraries.
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Expected Python 3.10 or newer, but got {sys.version}")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "installing torch $(TORCH) (CPU)"; \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check 'torch==$(TORCH)+cpu' 2>/dev/null \
+	  || $(BIN)/python -m pip install -q --disable-pip-version-check 'torch==$(TORCH)' --index-url $(TORCH_CPU_INDEX) \
+	  || $(BIN)/python -m pip install -q --disable-pip-version-check 'torch==$(TORCH)'; }
+	@echo "installing lightning-step and its tools"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[cli,plots]' --group dev
+	@touch $@

@@ -1,0 +1,66 @@
+"""The command line: ``lightning-step fit --config ...`` is LightningCLI with this package's callbacks at hand."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from lightning_step.errors import LightningStepError
+from lightning_step.version import __version__
+
+__all__ = ["main"]
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: Arguments without the program's name; None: those of the process.
+
+    Returns:
+        The exit status: 0 when all went well, 1 for an error of this package, 2 if LightningCLI's requirements are missing.
+
+    Example:
+        >>> main(["--version"])
+        lightning-step 0.1.0
+        0
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    if arguments == ["--version"]:
+        sys.stdout.write(f"lightning-step {__version__}\n")
+        return 0
+    if find_spec("jsonargparse") is None:
+        sys.stderr.write("lightning-step needs jsonargparse for its command line: pip install 'lightning-step[cli]'\n")
+        return 2
+    # A console script does not look into the working directory, where `class_path: my_project.MyModel` lives.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        _run(None if args is None else arguments)
+    except (LightningStepError, TypeError, ValueError) as error:
+        own = _own(error)
+        if own is None:
+            raise
+        sys.stderr.write(f"error: {type(own).__name__}: {own}\n")
+        return 1
+    return 0
+
+
+def _own(error: BaseException | None) -> LightningStepError | None:
+    """The error of this package behind another: jsonargparse wraps what a constructor raises into pages of its own."""
+    while error is not None and not isinstance(error, LightningStepError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _run(arguments: list[str] | None) -> None:
+    from lightning.pytorch.cli import LightningCLI  # slow to import, and jsonargparse is an extra
+
+    LightningCLI(
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_kwargs={"overwrite": True},
+        args=arguments,
+    )
