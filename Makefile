@@ -39,7 +39,7 @@ compare: $(VENV)/.ready ## every recipe on the demo task, tuned, three seeds (ab
 
 .PHONY: gpu
 gpu: ## the checks that need a CUDA device, with the Python and torch that are there (no installs)
-	@$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests
+	@$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu
 
 .PHONY: coverage
 coverage: $(VENV)/.ready ## branch coverage of the package

@@ -81,8 +81,10 @@ def _left_out_rows(left_out: Sequence[LeftOut]) -> list[str]:
     # Biases and scales are many and of no interest: one row for all of the same reason.
     merged: dict[tuple[str, str, str], list[str]] = {}
     for entry in left_out:
-        one_d = len(entry.shape) == 1
-        key = ("biases and scales" if one_d else _without_numbers(entry.name), "" if one_d else str(entry.shape), entry.reason)
+        if len(entry.shape) == 1:
+            key = ("biases and scales", "", entry.reason)
+        else:
+            key = (_without_numbers(entry.name), str(entry.shape), entry.reason)
         merged.setdefault(key, []).append(entry.name)
     rows = [["left dense", "shape", "tensors", "why"]]
     for (pattern, shape, why), names in merged.items():

@@ -1,0 +1,186 @@
+"""The curve behind a switch: how much the second moment moved, read back from a TensorBoard folder and drawn."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lightning_step.errors import ConfigurationError, FileFormatError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Curve", "VarianceLog", "plot_variance", "read_variance"]
+
+
+class Curve(NamedTuple):
+    """One logged scalar.
+
+    Example:
+        >>> Curve((10, 20), (2e-8, 9e-9)).values[-1]
+        9e-09
+    """
+
+    steps: tuple[int, ...]  # optimizer steps, rising
+    values: tuple[float, ...]  # one per step
+
+
+@dataclass(frozen=True)
+class VarianceLog:
+    """What one run logged of its switch; a curve may be empty.
+
+    Example:
+        >>> log = VarianceLog(Curve((10, 20), (2e-8, 9e-9)), Curve((), ()), Curve((), ()), Curve((10, 20, 30), (1, 1, 2)))
+        >>> log.masks_on, log.frozen
+        (30, 30)
+    """
+
+    change: Curve  # Z, the newest sample
+    window_mean: Curve  # what the rule compares; empty before the window is full
+    threshold: Curve  # what it is compared with
+    phase: Curve  # 1 dense, 2 masks on
+
+    @property
+    def masks_on(self) -> int | None:
+        """The first logged step with masks on; exact where the run decided as often as it logged.
+
+        Returns:
+            The step; None if masks never came on.
+        """
+        return next((step for step, phase in zip(*self.phase, strict=True) if phase == 2), None)
+
+    @property
+    def frozen(self) -> int | None:
+        """The first logged step without a sample: the switch that was watched had fired.
+
+        Returns:
+            The step; None if it never fired.
+        """
+        last = self.change.steps[-1]
+        return next((step for step in self.phase.steps if step > last), None)
+
+
+def read_variance(folder: str | os.PathLike[str], prefix: str = "sparsity") -> VarianceLog:
+    """Read what `STEPSparsityCallback` logged of the second moment.
+
+    Args:
+        folder: A TensorBoard folder that holds the event file of one run.
+        prefix: What the names of the scalars begin with; ``sparsity/0`` where several optimizers were masked.
+
+    Returns:
+        The curves.
+
+    Raises:
+        FileFormatError: If there is no such scalar in the folder.
+
+    Example:
+        >>> import tempfile
+        >>> from torch.utils.tensorboard import SummaryWriter
+        >>> with SummaryWriter(tempfile.mkdtemp()) as writer:
+        ...     writer.add_scalar("sparsity/variance_change", 0.5, 10)
+        >>> read_variance(writer.log_dir).change
+        Curve(steps=(10,), values=(0.5,))
+    """
+    # Slow to import, and only needed here.
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileFormatError(f"Expected a TensorBoard folder, but got {str(folder)!r}, which is no folder.")
+    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})  # 0: keep every point
+    events.Reload()
+    names = events.Tags()[SCALARS]
+
+    def curve(name: str) -> Curve:
+        tag = f"{prefix}/{name}"
+        points = {event.step: event.value for event in events.Scalars(tag)} if tag in names else {}
+        return Curve(tuple(sorted(points)), tuple(points[step] for step in sorted(points)))
+
+    log = VarianceLog(curve("variance_change"), curve("window_mean"), curve("threshold"), curve("phase"))
+    if not log.change.steps:
+        shown = ", ".join(names[:8]) or "no scalars"
+        raise FileFormatError(
+            f"Expected scalars named {prefix + '/variance_change'!r} in {str(folder)!r}, but got: {shown}. Train with "
+            "STEPSparsityCallback, a recipe that samples the second moment (STEP with AutoSwitch) and a TensorBoardLogger, "
+            "and name the folder that holds the event file (version_0)."
+        )
+    return log
+
+
+def plot_variance(
+    folder: str | os.PathLike[str], path: str | os.PathLike[str] = "variance.png", prefix: str = "sparsity"
+) -> Path:
+    """Draw Z, its window mean and the threshold on a log axis, with the switch marked.
+
+    Args:
+        folder: A TensorBoard folder that holds the event file of one run.
+        path: The picture to write; its ending chooses the format. Missing folders are made.
+        prefix: What the names of the scalars begin with.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigurationError: If matplotlib is not installed.
+        FileFormatError: If there is nothing to draw in the folder.
+
+    Example:
+        >>> plot_variance("no/such/folder")
+        Traceback (most recent call last):
+        lightning_step.errors.FileFormatError: Expected a TensorBoard folder, but got 'no/such/folder', which is no folder.
+    """
+    log, path = read_variance(folder, prefix), Path(path)
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigurationError(
+            "Expected matplotlib to be installed, because it draws the figure, but could not import it. "
+            "Run: pip install 'lightning-step[plots]'."
+        ) from error
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")  # not through pyplot: no global state, no display
+    FigureCanvasAgg(figure)
+    _draw(figure.add_subplot(), log)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _draw(axes: Axes, log: VarianceLog) -> None:
+    axes.set_yscale("log")
+    axes.plot(*log.change, color="#9bb8d3", linewidth=1, label="Z, mean change of v in one step")
+    if log.window_mean.steps:
+        axes.plot(*log.window_mean, color="#1f4e79", linewidth=2, label="mean of Z over the window")
+    if log.threshold.steps:
+        value = log.threshold.values[-1]
+        axes.axhline(value, color="#c0392b", linestyle="--", linewidth=1.2, label=f"threshold {value:.3g}")
+    _mark(axes, log)
+    axes.set_xlim(0, max(log.phase.steps or log.change.steps))
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("change of the second moment")
+    axes.set_title("When the second moment had settled")
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
+
+
+def _mark(axes: Axes, log: VarianceLog) -> None:
+    """Vertical lines where masks began and where v froze; one line if that was one event."""
+    marks: dict[int, list[str]] = {}
+    for step, what in ((log.masks_on, "masks on"), (log.frozen, "v frozen")):
+        if step is not None:
+            marks.setdefault(step, []).append(what)
+    for i, (step, what) in enumerate(sorted(marks.items())):
+        axes.axvline(step, color="#2e7d32", linewidth=1.2)
+        axes.axvspan(step, max(log.phase.steps), color="#2e7d32", alpha=0.05, linewidth=0)
+        axes.annotate(
+            f"step {step}: {', '.join(what)}",
+            (step, 0.04 + 0.07 * i),
+            xycoords=("data", "axes fraction"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            color="#2e7d32",
+        )
