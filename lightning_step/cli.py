@@ -50,8 +50,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _own(error: BaseException | None) -> LightningStepError | None:
     """The error of this package behind another: jsonargparse wraps what a constructor raises into pages of its own."""
+    # Causes only: an error that merely happened while one of ours was handled is news of its own.
     while error is not None and not isinstance(error, LightningStepError):
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return error
 
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_step.freezing import FrozenStep
 from lightning_step.hooks import StepHooks
-from lightning_step.masking import MaskSet
+from lightning_step.masking import MaskSet, parameter_of
 from lightning_step.optim import adapter_for
 from lightning_step.parametrization import install_masks
 from lightning_step.pattern import NMPattern
@@ -123,20 +123,21 @@ class Sparsifier:
             model, NMPattern(n, m), include=include, exclude=exclude, overrides=overrides, min_weights=min_weights
         )
         self.targets = held_by(optimizer, model, found)
-        self._masks = MaskSet(model, self.targets.masked, install_masks(model, self.targets.masked), self.recipe)
         adapter = adapter_for(optimizer) if needs_adapter(self.recipe) else None
-        self._frozen = frozen_step(self.recipe, adapter, optimizer, model, self._masks)
 
         def make_sampler(watcher: Watcher) -> SecondMomentSampler:
             assert adapter is not None  # see needs_adapter
             assert watcher.statistic is not None
-            scope = list(self._masks.parameters.values())
+            scope = [parameter_of(model, target) for target in self.targets.masked]
             return SecondMomentSampler(
                 optimizer, adapter, scope, watcher.statistic, max_coordinates=max_coordinates, reduce=reduce
             )
 
         clock = clock_of(adapter, optimizer, total_steps)
         self._board = SwitchBoard(switches(self.recipe), clock, make_sampler, read_every=max(1, read_every))
+        # All that can be refused has been refused: only now is the model touched.
+        self._masks = MaskSet(model, self.targets.masked, install_masks(model, self.targets.masked), self.recipe)
+        self._frozen = frozen_step(self.recipe, adapter, optimizer, model, self._masks)
         self.notes = self._board.notes  # what a user should know before the first step
         self._hooks = StepHooks(optimizer, self._before_step, self._after_step)
         self._decide()
@@ -226,10 +227,15 @@ class Sparsifier:
         if not self._live:
             return
         self._live = False
+        found_inf, grad_scale = self._scaler()
         if self._frozen is not None:
-            self._frozen.step(*self._scaler())
-        self.t += 1
+            self._frozen.step(found_inf, grad_scale)
+        # A step that a fused optimizer skips is none, just as one that the scaler does not even call.
+        skipped = found_inf is not None and bool(found_inf)
+        self.t += not skipped
         flip_rate = self._masks.after_step(self.t)
+        if skipped:
+            return
         self._flip_rate = self._flip_rate if flip_rate is None else flip_rate
         self._decide()
 

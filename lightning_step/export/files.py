@@ -33,13 +33,15 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.is_dir():
         raise ConfigurationError(f"Expected `path` to name a file, but got the folder {str(path)!r}. Add a file name.")
+    if path.exists() and not path.is_file():
+        # Renaming would put a file in its place, and /dev/null would be gone.
+        raise ConfigurationError(f"Expected `path` to name a file, but got {str(path)!r}, a device or a pipe.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
+        _temporary_beside(path).unlink()
+    except (OSError, ValueError) as error:  # ValueError: a null byte
         raise ConfigurationError(
-            f"Expected `path` to be writable, but got {str(path)!r}: {error.strerror or error}. "
+            f"Expected `path` to be writable, but got {str(path)!r}: {getattr(error, 'strerror', None) or error}. "
             "Choose a folder that this process may write to."
         ) from error
     return path
@@ -62,9 +64,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         >>> target.read_text()
         'whole'
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _temporary_beside(path)
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -73,6 +73,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary_beside(path: Path) -> Path:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    return Path(name)
 
 
 def _umask() -> int:

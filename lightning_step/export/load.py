@@ -55,7 +55,8 @@ def load_sparse(path: str | os.PathLike[str], model: ModuleT | None = None) -> M
     path = Path(path)
     manifest, stored = _read(path)
     tensors = stored if manifest.format == "dense" else _unpack_all(path, manifest, stored)
-    tensors |= {alias: tensors[name] for alias, name in manifest.aliases.items() if name in tensors}
+    _check_belongs(path, manifest, tensors)
+    tensors |= {alias: tensors[name] for alias, name in manifest.aliases.items()}
     if model is None:
         return tensors
     _load_into(path, model, tensors)
@@ -122,7 +123,10 @@ def _manifest(path: Path, metadata: Mapping[str, str] | None) -> Manifest:
             f"Expected a file written by lightning-step, but got {str(path)!r}, whose header holds no manifest. "
             "Read other safetensors files with safetensors.torch.load_file."
         )
-    return Manifest.from_json(text)
+    try:
+        return Manifest.from_json(text)
+    except FileFormatError as error:
+        raise FileFormatError(f"Expected to read the manifest of {str(path)!r}, but got: {error}") from error
 
 
 def _unpack_all(path: Path, manifest: Manifest, stored: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,6 +143,16 @@ def _unpack_all(path: Path, manifest: Manifest, stored: dict[str, Tensor]) -> di
         except PatternError as error:
             raise FileFormatError(f"Expected {name!r} in {str(path)!r} to unpack, but got: {error}") from error
     return tensors | stored
+
+
+def _check_belongs(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    lost = sorted({*manifest.sparse, *manifest.aliases.values()} - tensors.keys())
+    lost += sorted(name for name, entry in manifest.sparse.items() if name in tensors and tensors[name].shape != entry.shape)
+    if lost:
+        raise FileFormatError(
+            f"Expected {lost[0]!r} in {str(path)!r} in the shape that its manifest says, but got no such tensor. "
+            "The file and its manifest do not belong together; export it again."
+        )
 
 
 @torch.no_grad()

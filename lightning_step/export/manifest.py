@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from lightning_step.errors import FileFormatError, LightningStepError
+from lightning_step.errors import ArgumentTypeError, FileFormatError, LightningStepError
 from lightning_step.pattern import NMPattern
 from lightning_step.version import __version__
 
@@ -64,6 +64,9 @@ class Manifest:
 
         Returns:
             One line of JSON.
+
+        Raises:
+            ArgumentTypeError: If ``info`` holds what JSON cannot say.
         """
         body = {
             "version": MANIFEST_VERSION,
@@ -71,7 +74,12 @@ class Manifest:
             "n_means": "weights kept of every m consecutive ones along dim",
             **asdict(self),
         }
-        return json.dumps(body, sort_keys=True)
+        try:
+            return json.dumps(body, sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise ArgumentTypeError(
+                f"Expected `info` to hold plain values (numbers, strings, lists, dicts), but got {self.info!r} ({error})."
+            ) from error
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -89,7 +97,9 @@ class Manifest:
         try:
             body = json.loads(text)
             found = body["version"]
-            if not isinstance(found, int) or found > MANIFEST_VERSION:
+            if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+                raise ValueError(f"version must be a whole number from 1 on: {found!r}")
+            if found > MANIFEST_VERSION:
                 raise FileFormatError(
                     f"Expected a manifest of version {MANIFEST_VERSION} or older, but got version {found!r}. "
                     "Update lightning-step to read this file."
@@ -97,10 +107,13 @@ class Manifest:
             sparse = {str(name): _tensor(entry) for name, entry in body["sparse"].items()}
             if body["format"] not in ("dense", "packed"):
                 raise ValueError(f"unknown format {body['format']!r}")
-            return cls(body["format"], sparse, dict(body["aliases"]), dict(body["info"]))
+            aliases = dict(body["aliases"])
+            if not all(isinstance(name, str) for name in aliases.values()):
+                raise ValueError(f"aliases must be names: {aliases}")
+            return cls(body["format"], sparse, aliases, dict(body["info"]))
         except FileFormatError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, LightningStepError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, LightningStepError) as error:
             raise FileFormatError(
                 f"Expected a manifest written by lightning-step, but got a damaged one ({error!r}). Export the model again."
             ) from error
@@ -113,5 +126,7 @@ def _tensor(entry: Mapping[str, Any]) -> SparseTensor:
         raise ValueError(f"n, m, dim and shape must be integers: {sizes}")
     if not 0 <= entry["dim"] < len(shape) or min(shape) < 0:
         raise ValueError(f"dim {entry['dim']} is not one of shape {shape}")
-    NMPattern(entry["n"], entry["m"])  # refuses what is no pattern
+    pattern = NMPattern(entry["n"], entry["m"])  # refuses what is no pattern
+    if shape[entry["dim"]] % pattern.m:
+        raise ValueError(f"m does not divide shape {shape} along dim {entry['dim']}: {pattern}")
     return SparseTensor(entry["n"], entry["m"], entry["dim"], shape)

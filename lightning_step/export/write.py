@@ -87,7 +87,9 @@ def export_model(
         Path, manifest and size.
 
     Raises:
-        ConfigurationError: If no mask is on, the path cannot be written, or the format is unknown.
+        ConfigurationError: If no mask is on, the path cannot be written, the format is unknown, or a tensor that should
+            hold a pattern is not in the model's state dict.
+        ArgumentTypeError: If ``info`` holds other than plain values.
         ViolationError: If a tensor does not hold its pattern.
 
     Example:
@@ -104,7 +106,7 @@ def export_model(
     masks = {} if targets is not None else _masks_to_apply(model, one_shot)
     tensors, aliases = _tensors(model)
     tensors = {name: _harden(tensor, masks.get(name)) for name, tensor in tensors.items()}
-    sparse = _sparse_entries(tensors, masks, targets)
+    sparse = _sparse_entries(tensors, aliases, masks, targets)
     for name, entry in sparse.items():
         _verify(name, tensors[name], entry)
     manifest = Manifest(format, sparse, aliases, dict(info or {}))
@@ -149,15 +151,22 @@ def _harden(tensor: Tensor, mask: NMMask | None) -> Tensor:
 
 
 def _sparse_entries(
-    tensors: Mapping[str, Tensor], masks: Mapping[str, NMMask], targets: Targets | None
+    tensors: Mapping[str, Tensor], aliases: Mapping[str, str], masks: Mapping[str, NMMask], targets: Targets | None
 ) -> dict[str, SparseTensor]:
+    patterns = {name: (mask.pattern, mask.dim) for name, mask in masks.items()}
     if targets is not None:
-        return {t.name: SparseTensor(t.pattern.n, t.pattern.m, t.dim, t.shape) for t in targets.masked}
-    return {
-        name: SparseTensor(mask.pattern.n, mask.pattern.m, mask.dim % tensors[name].dim(), tuple(tensors[name].shape))
-        for name, mask in masks.items()
-        if name in tensors
-    }
+        patterns = {target.name: (target.pattern, target.dim) for target in targets.masked}
+    entries: dict[str, SparseTensor] = {}
+    for name, (pattern, dim) in patterns.items():
+        tensor = tensors.get(aliases.get(name, name))
+        if tensor is None:  # a state dict under other names would let the tensor pass unverified
+            raise ConfigurationError(
+                f"Expected the state dict to hold the tensor {name!r}, which must be {pattern}, but got only "
+                f"{sorted(tensors)[:5]}, ... Export the very module whose tensors have masks or were found."
+            )
+        shape = tuple(tensor.shape)
+        entries[aliases.get(name, name)] = SparseTensor(pattern.n, pattern.m, dim % len(shape), shape)
+    return entries
 
 
 def _verify(name: str, tensor: Tensor, entry: SparseTensor) -> None:

@@ -69,7 +69,8 @@ class AdamAdapter(SecondMomentAdapter):
         for parameter in parameters:
             state = optimizer.state.get(parameter)
             # Without a single gradient there is nothing to freeze: a tensor of zeros says nothing about the next gradient.
-            if not state or not bool(state["exp_avg_sq"].any()):
+            # A complex one has two second moments; it is never masked, so it just stays live.
+            if not state or parameter.is_complex() or not bool(state["exp_avg_sq"].any()):
                 continue
             moments = self.moments(groups[parameter])
             v = state.pop("max_exp_avg_sq", state["exp_avg_sq"])

@@ -226,7 +226,7 @@ def _check_limit(name: str, value: int | float) -> None:
         raise ArgumentTypeError(
             f"Expected `{name}` to be an integer (optimizer steps) or a float (fraction of all steps), but got {value!r}."
         )
-    if value < 0 or (isinstance(value, float) and value > 1):
+    if not value >= 0 or (isinstance(value, float) and value > 1):
         raise ConfigurationError(
             f"Expected `{name}` to be a step >= 0 (integer) or a fraction from 0.0 to 1.0 (float), but got {value!r}."
         )

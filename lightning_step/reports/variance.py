@@ -173,11 +173,11 @@ def _mark(axes: Axes, log: VarianceLog) -> None:
     for step, what in ((log.masks_on, "masks on"), (log.frozen, "v frozen")):
         if step is not None:
             marks.setdefault(step, []).append(what)
-    for i, (step, what) in enumerate(sorted(marks.items())):
+    for i, (step, events) in enumerate(sorted(marks.items())):
         axes.axvline(step, color="#2e7d32", linewidth=1.2)
         axes.axvspan(step, max(log.phase.steps), color="#2e7d32", alpha=0.05, linewidth=0)
         axes.annotate(
-            f"step {step}: {', '.join(what)}",
+            f"step {step}: {', '.join(events)}",
             (step, 0.04 + 0.07 * i),
             xycoords=("data", "axes fraction"),
             xytext=(6, 0),

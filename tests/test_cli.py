@@ -1,0 +1,167 @@
+"""The command line, as a shell sees it, and every configuration that the repository ships."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightning_step
+from lightning_step import load_sparse
+from lightning_step.cli import main
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(lightning_step.__file__).parents[1]
+CONFIGS = sorted((ROOT / "examples" / "configs").rglob("*.yaml"))
+
+CONFIG = """
+seed_everything: 0
+model:
+  class_path: {model}
+optimizer:
+  class_path: {optimizer}
+  init_args: {{lr: 0.01}}
+trainer:
+  accelerator: cpu
+  max_steps: 12
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning_step.STEPSparsityCallback
+      init_args: {sparsity}
+    - class_path: lightning_step.SparseExport
+      init_args: {{path: {path}}}
+"""
+BORING = "lightning.pytorch.demos.boring_classes.BoringModel"
+FOREIGN = """
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning_step import NMPattern
+from lightning_step.errors import PatternError
+
+class Broken(BoringModel):
+    def __init__(self):
+        raise ValueError("not of our making")
+
+class BrokenWhileHandling(BoringModel):
+    def __init__(self):
+        try:
+            NMPattern(5, 4)
+        except PatternError:
+            raise ValueError("not of our making")
+
+class BrokenInTraining(BoringModel):
+    def training_step(self, batch, batch_idx):
+        try:
+            NMPattern(5, 4)
+        except PatternError:
+            raise TypeError("not of our making") from None
+"""
+
+
+@pytest.fixture
+def configure(tmp_path, monkeypatch):
+    """Writes a configuration into a folder of its own, which becomes the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])  # main adds the working directory
+
+    def write(model=BORING, optimizer="AdamW", sparsity="{n: 2, m: 4}", path="out/model.safetensors"):
+        text = CONFIG.format(model=model, optimizer=optimizer, sparsity=sparsity, path=path)
+        (tmp_path / "config.yaml").write_text(text)
+        return ["fit", "--config", "config.yaml"]
+
+    return write
+
+
+def shell(*arguments, cwd):
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lightning-step {lightning_step.__version__}\n"
+
+
+def test_without_jsonargparse_it_says_what_to_install(tmp_path):
+    # None in sys.modules is how Python itself marks a module that cannot be imported.
+    program = "import sys; sys.modules['jsonargparse'] = None; from lightning_step.cli import main; sys.exit(main(['fit']))"
+    done = shell("-c", program, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "lightning-step needs jsonargparse for its command line: pip install 'lightning-step[cli]'\n"
+
+
+def test_a_fit_reports_the_switch_and_the_file(configure, tmp_path):
+    done = shell("-m", "lightning_step", *configure(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert "N:M masks on 1 of 2 tensors: 64 of 66 weights (97.0 %), of which 32 are kept" in lines
+    [switch] = [line for line in lines if line.startswith("lightning-step, optimizer step ")]
+    assert switch.startswith("lightning-step, optimizer step 6: masks on, second moment frozen (1 tensor); t_max reached: ")
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert f"lightning-step, wrote out/model.safetensors (dense, {size:,} bytes): 1 tensor verified" in lines
+    weight = load_sparse(tmp_path / "out" / "model.safetensors")["layer.weight"]
+    assert (weight.reshape(-1, 4) != 0).sum(1).tolist() == [2] * 16
+
+
+def test_an_error_of_ours_is_one_line_in_the_shell_too(configure, tmp_path):
+    done = shell("-m", "lightning_step", *configure(sparsity="{n: 5, m: 4}"), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: PatternError: Expected 1 <= n <= m, but got n=5 and m=4. n is")
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own: no workers, no validation loop, an overridden configure_optimizers
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({"sparsity": "{n: 5, m: 4}"}, "PatternError: Expected 1 <= n <= m, but got n=5 and m=4."),
+        ({"sparsity": "{n: 2:4, m: 4}"}, "PatternError: Expected 1 <= n <= m, but got n=124 and m=4."),
+        ({"sparsity": "{exclude: [heda]}"}, "TargetError: Expected every glob of `exclude` to match a module or a tensor"),
+        ({"path": "out/"}, "ConfigurationError: Expected `path` to name a file, but got the folder 'out"),
+        ({"optimizer": "torch.optim.SGD"}, "OptimizerError: Expected an optimizer with a registered second-moment adapter"),
+    ],
+)
+def test_an_error_of_ours_is_one_line_and_status_1(changed, error, configure, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    arguments = configure(**changed)
+    assert main(arguments) == 1
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {error}")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("model", "error"), [("Broken", ValueError), ("BrokenWhileHandling", ValueError), ("BrokenInTraining", TypeError)]
+)
+def test_a_foreign_error_is_not_swallowed(model, error, configure, tmp_path):
+    (tmp_path / "of_another_project.py").write_text(FOREIGN)
+    arguments = configure(model=f"of_another_project.{model}")
+    with pytest.raises(error, match="not of our making"):
+        main(arguments)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_arguments_that_nobody_knows_are_left_to_the_parser(configure, capsys):
+    arguments = [*configure(), "--trainer.nonsense", "1"]
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "nonsense" in capsys.readouterr().err
+
+
+def test_there_are_configurations():
+    assert CONFIGS
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_runs(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # relative paths in it lead here
+    monkeypatch.syspath_prepend(ROOT)  # what the working directory is to a user: where `examples` is found
+    with torch.random.fork_rng():
+        assert main(["fit", "--config", str(config), "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]) == 0

@@ -1,0 +1,249 @@
+"""The driver in loops as people write them: loss scaling, accumulation, closures, schedules, clipping."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Adam, AdamW
+
+from lightning_step import ASP, SRSTE, STEP, AtStep, AutoSwitch, Dense, Sparsifier
+
+SWITCH = 5
+STEPS = 11
+RECIPES = {
+    "Dense": Dense(),
+    "ASP": ASP(AtStep(SWITCH)),
+    "SRSTE": SRSTE(lam=0.1),
+    "STEP": STEP(AutoSwitch(window=4, threshold=1e-30, t_min=0, t_max=SWITCH), lam=0.1),
+    "STEP for all": STEP(AtStep(SWITCH), scope="all"),
+    "STEP that waits": STEP(AutoSwitch(window=99, threshold=1e-30, t_min=0, t_max=99), masks_from=AtStep(SWITCH)),
+}
+every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+IMPLEMENTATIONS = {
+    f"{cls.__name__}-{name}": (lambda p, cls=cls, how=how: cls(p, lr=0.01, weight_decay=0.1, **how))
+    for cls in (Adam, AdamW)
+    for name, how in {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}.items()
+}
+every_adam = pytest.mark.parametrize("make", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+
+
+def make_net(dtype=torch.float32):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).to(dtype)
+
+
+def loss_of(model, t, rows=slice(None)):
+    x = torch.randn(12, 8, generator=torch.Generator().manual_seed(t), dtype=torch.float64)[rows]
+    y = torch.stack([x[:, 0] * x[:, 1], x[:, 2].sin(), x[:, 3].abs(), x[:, 4]], dim=1)
+    dtype = next(model.parameters()).dtype
+    return nn.functional.mse_loss(model(x.to(dtype)), y.to(dtype))
+
+
+class Run:
+    """A model, its optimizer and a recipe at work on them."""
+
+    def __init__(self, recipe, make=IMPLEMENTATIONS["AdamW-foreach"], dtype=torch.float32, schedule=None, **arguments):
+        self.model = make_net(dtype)
+        self.optimizer = make(self.model.parameters())
+        self.schedule = None if schedule is None else schedule(self.optimizer)
+        self.sparsifier = Sparsifier(self.model, self.optimizer, recipe=recipe, read_every=1, **arguments)
+
+    def train(self, steps, start=0):
+        for t in range(start, steps):
+            loss_of(self.model, t).backward()
+            self.step()
+        return self
+
+    def step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def masks(self):
+        return torch.cat([(layer.weight != 0).flatten() for layer in (self.model[0], self.model[2])])
+
+
+def assert_same(a, b, rtol=0.0, atol=0.0):
+    """Weights, moments, samples, flips and events of two runs."""
+    close = {"rtol": rtol, "atol": atol}
+    torch.testing.assert_close(dict(a.model.state_dict()), dict(b.model.state_dict()), **close)
+    torch.testing.assert_close(a.optimizer.state_dict()["state"], b.optimizer.state_dict()["state"], **close)
+    states = a.sparsifier.state_dict(), b.sparsifier.state_dict()
+    samples, others = ([list(watcher["samples"]) for watcher in state["open"].values()] for state in states)
+    torch.testing.assert_close(samples, others, **close)
+    assert states[0]["flip_rate"] == states[1]["flip_rate"]
+    assert states[0]["t"] == states[1]["t"]
+    events, others = ([(e["step"], e["masks"], e["freeze"], e["rule"]) for e in state["events"]] for state in states)
+    assert events == others
+
+
+# Loss scaling -------------------------------------------------------------------------------------------------------
+
+
+def train_scaled(run, bad=(), unscale=False):
+    """The data of the plain loop, with a bad batch before each step in ``bad``."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=3)
+    for t in range(STEPS):
+        for poison in (*[True] * bad.count(t), False):
+            scaler.scale(loss_of(run.model, t)).backward()
+            if poison:
+                run.model[2]._parameters["weight"].grad[0, 0] = float("inf")
+            if unscale:
+                scaler.unscale_(run.optimizer)
+            scaler.step(run.optimizer)
+            scaler.update()
+            run.optimizer.zero_grad()
+    assert scaler.get_scale() != 2.0**12  # it was at work
+    return run
+
+
+@every_recipe
+@every_adam
+@pytest.mark.parametrize("unscale", [False, True])
+def test_loss_scaling_changes_nothing_and_skipped_steps_are_none(recipe, make, unscale):
+    plain = Run(recipe, make, measure_every=2).train(STEPS)
+    assert plain.sparsifier.t == STEPS
+    scaled = train_scaled(Run(recipe, make, measure_every=2), bad=(0, 2, 2, SWITCH - 1, SWITCH, 8), unscale=unscale)
+    assert_same(plain, scaled)  # to the bit: scales are powers of two
+
+
+# Accumulation, closures ---------------------------------------------------------------------------------------------
+
+
+@every_recipe
+@pytest.mark.parametrize("k", [2, 4])
+def test_accumulating_k_micro_batches_equals_one_batch(recipe, k):
+    whole, parts = (Run(recipe, dtype=torch.float64, measure_every=1) for _ in range(2))
+    for t in range(STEPS):
+        loss_of(whole.model, t).backward()
+        for i in range(k):
+            (loss_of(parts.model, t, slice(i * 12 // k, (i + 1) * 12 // k)) / k).backward()
+        whole.step()
+        parts.step()
+        assert_same(whole, parts, rtol=1e-5, atol=1e-13)
+        assert torch.equal(whole.masks(), parts.masks())
+
+
+@every_recipe
+@every_adam
+@pytest.mark.parametrize("as_keyword", [False, True])
+def test_a_closure_equals_the_loop_without(recipe, make, as_keyword):
+    loop, closures = Run(recipe, make, measure_every=1).train(STEPS), Run(recipe, make, measure_every=1)
+    for t in range(STEPS):
+
+        def closure(t=t):
+            closures.optimizer.zero_grad()
+            loss = loss_of(closures.model, t)
+            loss.backward()
+            return loss
+
+        expected = loss_of(closures.model, t).item()
+        loss = closures.optimizer.step(closure=closure) if as_keyword else closures.optimizer.step(closure)
+        assert loss.item() == expected
+    assert_same(loop, closures)
+
+
+def test_a_step_without_any_gradient_is_none():
+    run = Run(SRSTE(lam=0.1))
+    before = copy.deepcopy(run.model.state_dict())
+    run.optimizer.step()
+    assert run.sparsifier.t == 0
+    assert all(torch.equal(before[name], value) for name, value in run.model.state_dict().items())
+    run.model[2].bias.grad = torch.ones(4)  # one tensor has a gradient, and it is not a masked one
+    run.optimizer.step()
+    assert run.sparsifier.t == 1
+    assert torch.equal(before["0.weight"], run.model.state_dict()["0.weight"])
+
+
+# Schedules and clipping ---------------------------------------------------------------------------------------------
+
+
+SCHEDULES = {
+    "StepLR": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5),
+    "OneCycleLR": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.05, total_steps=STEPS + 1
+    ),  # beta1, too
+}
+
+
+@every_recipe
+@pytest.mark.parametrize("make_schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("first", ["schedule", "sparsifier"])
+def test_a_schedule_and_clipping_equal_rates_and_gradients_set_by_hand(recipe, make_schedule, first):
+    by_hand = Run(recipe, dtype=torch.float64)
+    scheduled = Run(recipe, dtype=torch.float64, schedule=make_schedule if first == "schedule" else None)
+    schedule = scheduled.schedule or make_schedule(scheduled.optimizer)
+    other = AdamW([torch.zeros(1, requires_grad=True)], lr=0.01)
+    other_schedule = make_schedule(other)
+    for t in range(STEPS):
+        loss_of(by_hand.model, t).backward()
+        by_hand.optimizer.param_groups[0].update({key: other.param_groups[0][key] for key in ("lr", "betas")})
+        norm = torch.cat([p.grad.flatten() for p in by_hand.model.parameters()]).norm()
+        assert norm > 0.05
+        for parameter in by_hand.model.parameters():
+            parameter.grad *= 0.05 / (norm + 1e-6)
+        by_hand.step()
+        other.step()
+        other_schedule.step()
+        loss_of(scheduled.model, t).backward()
+        torch.nn.utils.clip_grad_norm_(scheduled.model.parameters(), 0.05)
+        scheduled.step()
+        schedule.step()
+    assert_same(by_hand, scheduled, rtol=1e-5, atol=1e-13)
+
+
+@every_recipe
+def test_gradients_are_still_there_after_the_step(recipe):
+    run = Run(recipe)
+    for t in range(STEPS):
+        loss_of(run.model, t).backward()
+        lam = recipe.gradient().lam if run.sparsifier.phase == 2 else 0.0
+        before = {name: (p.grad, p.grad.clone()) for name, p in run.model.named_parameters()}
+        for name in ("0", "2"):
+            layer = run.model.get_submodule(name)
+            before[f"{name}.weight"][1].add_(lam * (layer._parameters["weight"] - layer.weight).detach())
+        run.optimizer.step()
+        for name, parameter in run.model.named_parameters():
+            assert parameter.grad is before[name][0]
+            torch.testing.assert_close(parameter.grad, before[name][1])
+        run.optimizer.zero_grad()
+
+
+# What it says and when it stops -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "in_phase_one", "in_phase_two"),
+    [
+        ("STEP", {"phase", "threshold", "variance_change"}, {"phase", "flip_rate"}),
+        (
+            "STEP that waits",
+            {"phase", "threshold", "variance_change"},
+            {"phase", "threshold", "variance_change", "flip_rate"},
+        ),
+        ("STEP for all", {"phase"}, {"phase", "flip_rate"}),
+        ("ASP", {"phase"}, {"phase", "flip_rate"}),
+    ],
+)
+def test_what_the_gauges_show_in_each_phase(name, in_phase_one, in_phase_two):
+    run = Run(RECIPES[name], measure_every=1).train(2)
+    assert (run.sparsifier.gauges().keys(), run.sparsifier.gauges()["phase"]) == (in_phase_one, 1.0)
+    run.train(STEPS, 2)
+    assert (run.sparsifier.gauges().keys(), run.sparsifier.gauges()["phase"]) == (in_phase_two, 2.0)
+
+
+def test_detached_the_optimizer_is_the_stock_one_and_masks_stay():
+    run = Run(SRSTE(lam=0.1), AdamW).train(3)
+    run.sparsifier.detach()
+    state = run.sparsifier.state_dict()
+    loss_of(run.model, 0).backward()
+    grad = run.model[0]._parameters["weight"].grad.clone()
+    run.optimizer.step()
+    assert torch.equal(run.model[0]._parameters["weight"].grad, grad)  # no term was added
+    assert run.sparsifier.state_dict() == state
+    assert int(run.masks().sum()) == 96
+
+
+def test_the_recipe_is_step_unless_told():
+    model = make_net()
+    assert Sparsifier(model, AdamW(model.parameters()), total_steps=9).recipe == STEP()
