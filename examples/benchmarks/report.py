@@ -1,0 +1,116 @@
+"""From finished runs to ``results.json`` and a Markdown page."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from recipes_compared import ABLATIONS, ROWS
+from training import TASK, Run
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def best_of(row: str, results: Results) -> Run:
+    """The setting of a row with the lowest validation loss on the seed of the grid."""
+    found = [result for result in results.values() if result["row"] == row]
+    best = min(found, key=lambda result: float(result["val_loss"]))
+    return Run(row, best["rate"], best["lam"], best["seed"])
+
+
+def write_results(
+    folder: Path,
+    results: Results,
+    best: Mapping[str, Run],
+    rates: Sequence[float],
+    lams: Sequence[float],
+    seeds: Sequence[int],
+    processes: int,
+) -> str:
+    """Write both files.
+
+    Args:
+        folder: Where to.
+        results: Every run by its key.
+        best: The best setting of every row.
+        rates: Rates of the grid.
+        lams: Lams of the grid.
+        seeds: All seeds; the grid was on the first.
+        processes: How many ran at a time.
+
+    Returns:
+        The Markdown page.
+    """
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {processes} runs at a time, 1 thread each"
+    facts = {
+        "task": TASK,
+        "grid": {"rates": rates, "lams": lams, "seed": seeds[0]},
+        "seeds": seeds,
+        "python": platform.python_version(),
+        "machine": machine,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "runs": sorted(results.values(), key=lambda result: (result["row"], result["seed"], result["val_loss"])),
+    }
+    (folder / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
+    dense = _losses(best["dense"], results, seeds)
+    changed = {name: replace(best["STEP"], row=name) for name in ABLATIONS}
+    page = [
+        f"Validation loss in nats per character, lower is better; {TASK['steps']} steps; mean ± standard deviation over "
+        f"seeds {', '.join(map(str, seeds))}. Rate and lam of each row are its best on seed {seeds[0]} out of the grid "
+        "below.\n",
+        *_table(best, results, seeds, dense),
+        "\nOne thing changed in STEP, at STEP's best rate and lam:\n",
+        *_table(changed, results, seeds, dense),
+        f"\nThe grid, seed {seeds[0]}:\n",
+        *_grid(results, rates, lams, seeds[0]),
+        f"\n{machine}; Python {facts['python']}, torch {TASK['torch']}, lightning {TASK['lightning']}, lightning-step "
+        f"{TASK['lightning-step']}; {facts['date']}; `{facts['command']}`.",
+    ]
+    text = "\n".join(page) + "\n"
+    (folder / "results.md").write_text(text)
+    return text
+
+
+def _losses(run: Run, results: Results, seeds: Sequence[int]) -> list[float]:
+    return [float(results[replace(run, seed=seed).key]["val_loss"]) for seed in seeds]
+
+
+def _table(runs: Mapping[str, Run], results: Results, seeds: Sequence[int], dense: Sequence[float]) -> list[str]:
+    lines = [
+        "| recipe | validation loss | above dense | per seed | rate | lam | switch after step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row, run in runs.items():
+        losses = _losses(run, results, seeds)
+        gap = statistics.mean(losses) - statistics.mean(dense)
+        each = ", ".join(f"{loss:.4f}" for loss in losses)
+        lam = "" if run.lam is None else f"{run.lam:g}"
+        switches = _switches([results[replace(run, seed=seed).key] for seed in seeds])
+        spread = f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
+        lines.append(f"| {row} | {spread} | {gap:+.4f} | {each} | {run.rate:g} | {lam} | {switches} |")
+    return lines
+
+
+def _switches(results: Sequence[Mapping[str, Any]]) -> str:
+    """Steps of all switches, per seed where they differ, and the rule that fired."""
+    found = {" and ".join(map(str, result["switch_steps"])) for result in results}
+    rules = {event.split("; ")[1].split(":")[0] for result in results for event in result["switches"]}
+    return ", ".join(sorted(found)) + (f" ({', '.join(sorted(rules))})" if rules else "")
+
+
+def _grid(results: Results, rates: Sequence[float], lams: Sequence[float], seed: int) -> list[str]:
+    lines = ["| recipe | lam | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |", "|---|---|" + "---|" * len(rates)]
+    for name, row in ROWS.items():
+        for lam in lams if row.has_lam else (None,):
+            cells = [f"{results[Run(name, rate, lam, seed).key]['val_loss']:.4f}" for rate in rates]
+            lines.append(f"| {name} | {'' if lam is None else f'{lam:g}'} | {' | '.join(cells)} |")
+    return lines
