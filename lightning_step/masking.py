@@ -40,8 +40,8 @@ class MaskSet:
         self.parameters: dict[str, nn.Parameter] = {t.name: parameter_of(model, t) for t in targets}
         self._targets = {t.name: t for t in targets}
         self._masks = {t.name: masks[t.name] for t in targets}
-        self._recipe = recipe
-        self._rule = recipe.gradient()
+        self._plan = recipe.plan()
+        self._rule = self._plan.gradient
         self._before: dict[str, Tensor] = {}  # bool masks, only between the hooks of a step that needs them
         self._measure = False
         # Masks left over from an earlier fit are switched by this recipe from now on.
@@ -122,7 +122,7 @@ class MaskSet:
         return rate
 
     def _pattern(self, name: str, t: int) -> NMPattern:
-        return self._recipe.pattern(name, self._targets[name].pattern, t)
+        return self._plan.pattern(name, self._targets[name].pattern, t)
 
     def _flip_rate(self) -> float:
         pairs = [

@@ -30,8 +30,8 @@ def needs_adapter(recipe: Recipe) -> bool:
         >>> needs_adapter(STEP()), needs_adapter(SRSTE())
         (True, False)
     """
-    switch = recipe.masks()
-    return recipe.freeze() is not None or not (switch is None or isinstance(switch, AtStep))
+    plan = recipe.plan()
+    return plan.freeze is not None or not (plan.masks is None or isinstance(plan.masks, AtStep))
 
 
 def switches(recipe: Recipe) -> dict[Role, Switch]:
@@ -48,12 +48,12 @@ def switches(recipe: Recipe) -> dict[Role, Switch]:
         >>> switches(STE())
         {'masks': AtStep(step=0)}
     """
-    freeze, masks = recipe.freeze(), recipe.masks()
+    plan = recipe.plan()
     switches: dict[Role, Switch] = {}
-    if masks is not None:
-        switches["masks"] = masks
-    if freeze is not None:
-        switches["freeze"] = freeze.when
+    if plan.masks is not None:
+        switches["masks"] = plan.masks
+    if plan.freeze is not None:
+        switches["freeze"] = plan.freeze.when
     return switches
 
 
@@ -78,7 +78,7 @@ def frozen_step(
         >>> frozen_step(STE(), None, torch.optim.SGD([torch.zeros(1)]), nn.Linear(4, 4), None) is None
         True
     """
-    freeze = recipe.freeze()
+    freeze = recipe.plan().freeze
     if freeze is None or adapter is None:
         return None
     scope = masks.parameters if freeze.scope == "masked" else _names(optimizer, model)

@@ -9,7 +9,7 @@ from torch.optim import SGD, AdamW
 
 from lightning_step import ASP, SRSTE, STE, AtStep, NMPattern, Recipe, Sparsifier, apply_nm_masks, nm_masks
 from lightning_step.masking import MaskSet
-from lightning_step.recipes import GradientRule
+from lightning_step.recipes import Plan
 
 TWO_FOUR = NMPattern(2, 4)
 
@@ -143,7 +143,7 @@ def test_the_flip_rate_of_a_run_is_that_of_the_masks_seen_from_outside(recipe, e
             rate = sum(int((b != (layer.weight != 0)).sum()) for b, layer in zip(before, model, strict=True)) / 96
             seen.add(rate)
         assert sparsifier.gauges().get("flip_rate") == rate
-    assert any(seen) == (not recipe.gradient().fixed)
+    assert any(seen) == (not recipe.plan().gradient.fixed)
 
 
 @pytest.mark.parametrize("recipe", [STE(), ASP()])
@@ -185,17 +185,11 @@ def test_a_fixed_mask_is_held_whatever_the_step_does():
 class Narrowing(Recipe):
     """3:4 at first, then what the tensor is to end with."""
 
-    def pattern(self, name, pattern, t):
+    def plan(self):
+        return Plan(AtStep(2), pattern=self.narrow)
+
+    def narrow(self, name, pattern, t):
         return NMPattern(3, 4) if t < 4 and name == "0.weight" else pattern
-
-    def gradient(self):
-        return GradientRule("straight_through")
-
-    def masks(self):
-        return AtStep(2)
-
-    def freeze(self):
-        return None
 
 
 def kept_per_group(model):

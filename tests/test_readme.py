@@ -44,7 +44,9 @@ def test_a_yaml_block_configures_a_trainer(number: int, tmp_path: Path, monkeypa
     config = tmp_path / "block.yaml"
     config.write_text(blocks("yaml")[number])
     model = "--model=lightning.pytorch.demos.boring_classes.BoringModel"
-    arguments: list[Any] = [f"--config={config}", model, "--trainer.accelerator=cpu", "--trainer.logger=false", "--seed_everything=0"]
+    quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--seed_everything=0"]
+    quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--seed_everything=0"]
+    arguments: list[Any] = [f"--config={config}", model, *quiet]
     cli = LightningCLI(subclass_mode_model=True, run=False, args=arguments, save_config_callback=None)
     ours = [type(callback).__name__ for callback in cli.trainer.callbacks]
     assert {"STEPSparsityCallback", "SparseExport"} <= set(ours)

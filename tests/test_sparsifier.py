@@ -197,7 +197,7 @@ def test_gradients_are_still_there_after_the_step(recipe):
     run = Run(recipe)
     for t in range(STEPS):
         loss_of(run.model, t).backward()
-        lam = recipe.gradient().lam if run.sparsifier.phase == 2 else 0.0
+        lam = recipe.plan().gradient.lam if run.sparsifier.phase == 2 else 0.0
         before = {name: (p.grad, p.grad.clone()) for name, p in run.model.named_parameters()}
         for name in ("0", "2"):
             layer = run.model.get_submodule(name)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from typing_extensions import override
 
-from lightning_step import ASP, SRSTE, STEP, AtStep, AutoSwitch, Dense, NMPattern, Recipe, Switch
-from lightning_step.recipes import Freeze, GradientRule
+from lightning_step import ASP, SRSTE, STEP, AtStep, AutoSwitch, Dense, Recipe, Switch
+from lightning_step.recipes import Freeze, GradientRule, Plan
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,9 @@ class Parts(Recipe):
     switch: Switch = field(default_factory=AutoSwitch)
 
     @override
-    def pattern(self, name: str, pattern: NMPattern, t: int) -> NMPattern:
-        return pattern
-
-    @override
-    def gradient(self) -> GradientRule:
-        return GradientRule("straight_through", self.lam)
-
-    @override
-    def masks(self) -> Switch | None:
-        return self.switch if self.mask else None
-
-    @override
-    def freeze(self) -> Freeze | None:
-        return Freeze(self.switch) if self.freezes else None
+    def plan(self) -> Plan:
+        masks = self.switch if self.mask else None
+        return Plan(masks, GradientRule(lam=self.lam), Freeze(self.switch) if self.freezes else None)
 
 
 def step(lam: float) -> STEP:

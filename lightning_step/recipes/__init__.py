@@ -1,6 +1,6 @@
 """Recipes and switches: configuration, frozen and plain."""
 
-from lightning_step.recipes.base import Freeze, GradientRule, Recipe, Scope, describe
+from lightning_step.recipes.base import Freeze, GradientRule, PatternRule, Plan, Recipe, Scope, describe, final_pattern
 from lightning_step.recipes.baselines import ASP, SRSTE, STE, Dense
 from lightning_step.recipes.step import STEP
 from lightning_step.recipes.switches import AtStep, AutoSwitch, RelativeNorm, Staleness, Switch
@@ -18,6 +18,8 @@ __all__ = [
     "Dense",
     "Freeze",
     "GradientRule",
+    "PatternRule",
+    "Plan",
     "Reading",
     "Recipe",
     "RelativeNorm",
@@ -26,4 +28,5 @@ __all__ = [
     "Switch",
     "Watcher",
     "describe",
+    "final_pattern",
 ]

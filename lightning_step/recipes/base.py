@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from lightning_step.parametrization import Gradient
 from lightning_step.pattern import NMPattern
 from lightning_step.recipes.switches import Switch
 
-__all__ = ["Freeze", "GradientRule", "Recipe", "Scope", "check_lam", "describe"]
+__all__ = ["Freeze", "GradientRule", "PatternRule", "Plan", "Recipe", "Scope", "check_lam", "describe", "final_pattern"]
 
 Scope = Literal["masked", "all"]
 """Whose second moment is frozen: that of the ``masked`` tensors, or of ``all`` the optimizer holds."""
@@ -28,11 +29,11 @@ class GradientRule:
         fixed: The mask is made once, when masks begin, and kept: pruned weights are held at zero.
 
     Example:
-        >>> GradientRule("straight_through", lam=2e-4).fixed
+        >>> GradientRule(lam=2e-4).fixed
         False
     """
 
-    through: Gradient
+    through: Gradient = "straight_through"
     lam: float = 0.0
     fixed: bool = False
 
@@ -59,52 +60,69 @@ class Freeze:
     max_step: float | None = None
 
 
+PatternRule = Callable[[str, NMPattern, int], NMPattern]
+"""Which n:m a tensor has now, from its name, the n:m it is to end with, and the optimizer steps taken."""
+
+
+def final_pattern(name: str, pattern: NMPattern, t: int) -> NMPattern:
+    """The rule of most recipes: every tensor has the n:m it is to end with, from the start.
+
+    Args:
+        name: Full name of the tensor.
+        pattern: The n:m it is to end with.
+        t: Optimizer steps taken.
+
+    Returns:
+        ``pattern``.
+
+    Example:
+        >>> str(final_pattern("fc.weight", NMPattern(2, 4), 0))
+        '2:4'
+    """
+    return pattern
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe's three answers.
+
+    Args:
+        masks: When masks begin; None: never.
+        gradient: How the gradient passes once masks are on.
+        freeze: When the second moment freezes, and how. A switch equal to ``masks`` is one event. None: never, then any
+            torch optimizer will do.
+        pattern: Which n:m has a tensor now.
+
+    Example:
+        >>> from lightning_step import STE
+        >>> STE().plan().masks
+        AtStep(step=0)
+    """
+
+    masks: Switch | None
+    gradient: GradientRule = GradientRule()
+    freeze: Freeze | None = None
+    pattern: PatternRule = final_pattern
+
+
 class Recipe(ABC):
     """Which n:m has a tensor now; how does the gradient pass; when do masks begin and when does v freeze.
 
-    Subclasses are frozen dataclasses of plain values: a recipe is configuration and can be written in YAML.
+    Recipes are frozen dataclasses of plain values: configuration that can be written in YAML. One that varies another
+    wraps it and replaces a part of its plan.
 
     Example:
         >>> from lightning_step import SRSTE
-        >>> SRSTE(lam=1e-3).gradient().lam
+        >>> SRSTE(lam=1e-3).plan().gradient.lam
         0.001
     """
 
     @abstractmethod
-    def pattern(self, name: str, pattern: NMPattern, t: int) -> NMPattern:
-        """Which n:m a tensor has now.
-
-        Args:
-            name: Full name of the tensor.
-            pattern: The n:m it is to end with.
-            t: Optimizer steps taken.
+    def plan(self) -> Plan:
+        """The three answers.
 
         Returns:
-            The n:m after step ``t``.
-        """
-
-    @abstractmethod
-    def gradient(self) -> GradientRule:
-        """How the gradient passes once masks are on.
-
-        Returns:
-            The rule.
-        """
-
-    @abstractmethod
-    def masks(self) -> Switch | None:
-        """When masks begin.
-
-        Returns:
-            The switch; None: never.
-        """
-
-    @abstractmethod
-    def freeze(self) -> Freeze | None:
-        """When the second moment freezes, and how. An equal switch to that of `masks` is one event.
-
-        Returns:
-            The freeze; None: never, then any torch optimizer will do.
+            The plan.
         """
 
 

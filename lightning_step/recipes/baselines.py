@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from typing_extensions import override
 
-from lightning_step.pattern import NMPattern
-from lightning_step.recipes.base import Freeze, GradientRule, Recipe, check_lam
+from lightning_step.recipes.base import GradientRule, Plan, Recipe, check_lam
 from lightning_step.recipes.switches import AtStep, Switch
 
 __all__ = ["ASP", "SRSTE", "STE", "Dense"]
@@ -18,25 +17,13 @@ class Dense(Recipe):
     """No mask, ever: the control.
 
     Example:
-        >>> Dense().masks() is None
+        >>> Dense().plan().masks is None
         True
     """
 
     @override
-    def pattern(self, name: str, pattern: NMPattern, t: int) -> NMPattern:
-        return pattern
-
-    @override
-    def gradient(self) -> GradientRule:
-        return GradientRule("straight_through")
-
-    @override
-    def masks(self) -> Switch | None:
-        return None
-
-    @override
-    def freeze(self) -> Freeze | None:
-        return None
+    def plan(self) -> Plan:
+        return Plan(masks=None)
 
 
 @dataclass(frozen=True)
@@ -47,7 +34,7 @@ class ASP(Recipe):
         at: When to prune. The published recipe prunes a finished network and trains as long again: half of all steps.
 
     Example:
-        >>> ASP().gradient().fixed
+        >>> ASP().plan().gradient.fixed
         True
 
     References:
@@ -57,20 +44,8 @@ class ASP(Recipe):
     at: Switch = field(default_factory=lambda: AtStep(0.5))
 
     @override
-    def pattern(self, name: str, pattern: NMPattern, t: int) -> NMPattern:
-        return pattern
-
-    @override
-    def gradient(self) -> GradientRule:
-        return GradientRule("masked", fixed=True)
-
-    @override
-    def masks(self) -> Switch | None:
-        return self.at
-
-    @override
-    def freeze(self) -> Freeze | None:
-        return None
+    def plan(self) -> Plan:
+        return Plan(self.at, GradientRule("masked", fixed=True))
 
 
 @dataclass(frozen=True)
@@ -78,7 +53,7 @@ class STE(Recipe):
     """Masks from the first step on, the gradient passed straight through.
 
     Example:
-        >>> STE().gradient().lam
+        >>> STE().plan().gradient.lam
         0.0
 
     References:
@@ -87,20 +62,8 @@ class STE(Recipe):
     """
 
     @override
-    def pattern(self, name: str, pattern: NMPattern, t: int) -> NMPattern:
-        return pattern
-
-    @override
-    def gradient(self) -> GradientRule:
-        return GradientRule("straight_through")
-
-    @override
-    def masks(self) -> Switch | None:
-        return AtStep(0)
-
-    @override
-    def freeze(self) -> Freeze | None:
-        return None
+    def plan(self) -> Plan:
+        return Plan(AtStep(0))
 
 
 @dataclass(frozen=True)
@@ -128,17 +91,5 @@ class SRSTE(Recipe):
         check_lam(self.lam)
 
     @override
-    def pattern(self, name: str, pattern: NMPattern, t: int) -> NMPattern:
-        return pattern
-
-    @override
-    def gradient(self) -> GradientRule:
-        return GradientRule("straight_through", self.lam)
-
-    @override
-    def masks(self) -> Switch | None:
-        return AtStep(0)
-
-    @override
-    def freeze(self) -> Freeze | None:
-        return None
+    def plan(self) -> Plan:
+        return Plan(AtStep(0), GradientRule(lam=self.lam))

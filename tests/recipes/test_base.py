@@ -9,7 +9,7 @@ import torch
 
 from lightning_step import SRSTE, STEP, AtStep, AutoSwitch, NMPattern, Recipe, Switch
 from lightning_step.errors import ConfigurationError
-from lightning_step.recipes import Clock, Freeze, GradientRule, RelativeNorm, Staleness, describe
+from lightning_step.recipes import Clock, Freeze, GradientRule, Plan, RelativeNorm, Staleness, describe
 from lightning_step.recipes.base import check_lam
 
 
@@ -91,11 +91,18 @@ def test_defaults_of_the_answers():
     assert Freeze(AtStep(1)) == Freeze(when=AtStep(1), scope="masked", form="adam", max_step=None)
 
 
-@pytest.mark.parametrize("missing", ["pattern", "gradient", "masks", "freeze"])
-def test_a_recipe_has_to_answer_every_question(missing):
-    answers = {name: lambda self, *_: None for name in ("pattern", "gradient", "masks", "freeze") if name != missing}
-    with pytest.raises(TypeError, match=rf"abstract.*{missing}"):
-        type("Half", (Recipe,), answers)()
+def test_a_recipe_has_to_have_a_plan():
+    with pytest.raises(TypeError, match=r"abstract.*plan"):
+        type("Half", (Recipe,), {})()
+
+
+def test_a_plan_is_a_frozen_value_with_plain_defaults():
+    plan = Plan(AtStep(1))
+    assert (plan.gradient, plan.freeze) == (GradientRule("straight_through"), None)
+    assert plan.pattern("any", NMPattern(1, 4), 7) == NMPattern(1, 4)
+    assert dataclasses.replace(plan) == plan
+    with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign to field"):
+        plan.masks = None
 
 
 def test_a_switch_has_to_start():

@@ -176,11 +176,11 @@ def test_who_reads_the_second_moment_refuses_strangers_by_name(net, recipe, make
 
 
 def test_the_three_answers():
-    assert [r.masks() for r in (Dense(), ASP(AtStep(7)), STE(), SRSTE())] == [None, AtStep(7), AtStep(0), AtStep(0)]
-    assert [r.freeze() for r in (Dense(), ASP(), STE(), SRSTE())] == [None] * 4
-    assert ASP().gradient() == GradientRule("masked", lam=0.0, fixed=True)
-    assert STE().gradient() == Dense().gradient() == GradientRule("straight_through", lam=0.0, fixed=False)
-    assert SRSTE(lam=0.5).gradient() == GradientRule("straight_through", lam=0.5, fixed=False)
+    assert [r.plan().masks for r in (Dense(), ASP(AtStep(7)), STE(), SRSTE())] == [None, AtStep(7), AtStep(0), AtStep(0)]
+    assert [r.plan().freeze for r in (Dense(), ASP(), STE(), SRSTE())] == [None] * 4
+    assert ASP().plan().gradient == GradientRule("masked", lam=0.0, fixed=True)
+    assert STE().plan().gradient == Dense().plan().gradient == GradientRule("straight_through", lam=0.0, fixed=False)
+    assert SRSTE(lam=0.5).plan().gradient == GradientRule("straight_through", lam=0.5, fixed=False)
     assert (ASP(), SRSTE()) == (ASP(AtStep(0.5)), SRSTE(2e-4))
 
 

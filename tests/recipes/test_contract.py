@@ -35,7 +35,7 @@ every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 
 
 def begins_dense(recipe):
-    return recipe.masks() != AtStep(0)
+    return recipe.plan().masks != AtStep(0)
 
 
 def same(a, b):
@@ -63,7 +63,7 @@ def start(net):
 def test_masked_tensors_hold_the_pattern_after_strip(start, train, recipe, n):
     model, stock, sparsifier = start(recipe, n=n)
     train(model, stock, STEPS)
-    assert sparsifier.phase == (1 if recipe.masks() is None else 2)
+    assert sparsifier.phase == (1 if recipe.plan().masks is None else 2)
     dense = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert all(torch.isfinite(p).all() for p in dense.values())
     assert strip(model) == (list(MASKED) if sparsifier.phase == 2 else [])
@@ -83,8 +83,8 @@ def test_a_forward_pass_sees_the_pattern_from_the_event_on(start, train, recipe)
         assert {mask.enabled for mask in nm_masks(model).values()} == {on}
         train(model, stock, t + 1, t)
     assert [event for event in sparsifier.events if event.masks or event.freeze] == sparsifier.events
-    assert sum(event.masks for event in sparsifier.events) == (recipe.masks() is not None)
-    assert sum(event.freeze for event in sparsifier.events) == (recipe.freeze() is not None)
+    assert sum(event.masks for event in sparsifier.events) == (recipe.plan().masks is not None)
+    assert sum(event.freeze for event in sparsifier.events) == (recipe.plan().freeze is not None)
 
 
 def dense_cases():
@@ -109,7 +109,7 @@ def test_the_dense_phase_is_the_stock_optimizer_bit_for_bit(net, start, train, r
         assert same(plain.state_dict(), model.state_dict())
         assert same(plain_stock.state_dict(), stock.state_dict())
     assert t >= 3
-    if not recipe.gradient().fixed:  # the last dense step, too: only pruning touches a weight at the switch
+    if not recipe.plan().gradient.fixed:  # the last dense step, too: only pruning touches a weight at the switch
         assert same(plain.state_dict(), model.state_dict())
 
 
@@ -198,4 +198,4 @@ def test_its_description_is_json_and_tells_it_from_the_others(recipe):
 @every_recipe
 @pytest.mark.parametrize("pattern", [NMPattern(1, 4), NMPattern(2, 4)], ids=str)
 def test_in_the_end_every_tensor_has_its_own_pattern(recipe, pattern):
-    assert recipe.pattern("0.weight", pattern, 10**9) == pattern
+    assert recipe.plan().pattern("0.weight", pattern, 10**9) == pattern

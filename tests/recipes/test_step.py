@@ -240,8 +240,8 @@ def test_arguments_out_of_range(arguments, message):
 
 def test_the_three_answers():
     recipe = STEP(AtStep(3), lam=0.5, scope="all", form="paper", max_step=2.0)
-    assert recipe.masks() == AtStep(3)
-    assert recipe.freeze() == Freeze(AtStep(3), "all", "paper", 2.0)
-    assert recipe.gradient() == GradientRule("straight_through", lam=0.5, fixed=False)
-    assert STEP(AtStep(3), masks_from=AtStep(0)).masks() == AtStep(0)
-    assert STEP() == STEP(AutoSwitch("arithmetic", None, None, 0.1, 0.5), 2e-4, None, "masked", "adam", None)
+    assert recipe.plan().masks == AtStep(3)
+    assert recipe.plan().freeze == Freeze(AtStep(3), "all", "paper", 2.0)
+    assert recipe.plan().gradient == GradientRule("straight_through", lam=0.5, fixed=False)
+    assert STEP(AtStep(3), masks_from=AtStep(0)).plan().masks == AtStep(0)
+    assert STEP() == STEP(AutoSwitch("arithmetic", None, None, 0.1, 0.5), 4e-3, None, "masked", "adam", None)
