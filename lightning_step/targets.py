@@ -217,6 +217,8 @@ def _is_tied_embedding(uses: list[_Use]) -> bool:
 def _why_not_a_product(uses: list[_Use], places: set[int | None]) -> str:
     if None in places:
         stranger = next(use for use in _products(uses) if _group_dim(use) is None)
+        if isinstance(stranger.module, nn.Embedding):
+            return "an embedding: a look-up, not a product"
         return f"{_kind(stranger)}.{stranger.attribute} is not a weight that N:M masks know"
     return f"shared by layers that group it along different dimensions {sorted(d for d in places if d is not None)}"
 

@@ -43,6 +43,7 @@ class SwitchBoard:
         by_switch = {switch: switch.start(clock) for switch in switches.values()}
         self._open: dict[Role, Watcher] = {role: by_switch[switch] for role, switch in switches.items()}
         self._read_every = read_every
+        self._closing: dict[str, float] = {}  # what the last switch fired on, until the next step
         self._samplers: dict[Watcher, SecondMomentSampler] = {}
         for watcher in by_switch.values():
             if watcher.statistic is not None and make_sampler is not None:
@@ -65,6 +66,7 @@ class SwitchBoard:
             found_inf: Non-zero where the step is about to be skipped.
             grad_scale: Factor that is still in the gradients.
         """
+        self._closing = {}
         for sampler in self._samplers.values():
             sampler.observe(found_inf, grad_scale)
 
@@ -112,6 +114,7 @@ class SwitchBoard:
         Args:
             roles: What has begun.
         """
+        self._closing = self.gauges()
         self._open = {role: watcher for role, watcher in self._open.items() if role not in roles}
         still = set(self._open.values())
         self._samplers = {watcher: sampler for watcher, sampler in self._samplers.items() if watcher in still}
@@ -120,9 +123,9 @@ class SwitchBoard:
         """What to plot. See `Watcher.gauges`.
 
         Returns:
-            The values of the first open switch that takes samples; nothing once all have fired.
+            The values of the first open switch that takes samples; those it fired on right after; then nothing.
         """
-        return next((watcher.gauges() for watcher in self._samplers), {})
+        return next((watcher.gauges() for watcher in self._samplers), self._closing)
 
     def state_dict(self) -> dict[str, Any]:
         """What is open, and the samples.

@@ -76,7 +76,7 @@ def test_groups_lie_along_what_one_output_sums_over(make, shape, dim):
             lambda: nn.ConvTranspose2d(16, 8, 3, groups=8),
             "size 2 along dim 0 within each of 8 groups is not divisible by m=4",
         ),
-        (lambda: nn.Embedding(16, 8), "Embedding.weight is not a weight that N:M masks know"),
+        (lambda: nn.Embedding(16, 8), "an embedding: a look-up, not a product"),
         (lambda: nn.Bilinear(4, 4, 4), "Bilinear.weight is not a weight that N:M masks know"),
         (lambda: nn.ParameterDict({"weight": torch.ones(4, 4)}), "ParameterDict.weight is not a weight that N:M masks know"),
         (lambda: nn.LayerNorm(8), "1-D (a bias or a scale)"),

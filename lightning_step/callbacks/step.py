@@ -135,9 +135,10 @@ class STEPSparsityCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called after every batch. Logs what the switch sees, every ``log_every_n_steps`` optimizer steps."""
+        """Called after every batch. Logs what the switch sees, every ``log_every_n_steps`` steps and when it fires."""
         step, every = trainer.global_step, log_interval(trainer)
-        if not every or not step or step % every or step == self._logged_at:
+        switched = any(event.step == sparsifier.t for sparsifier in self.sparsifiers for event in sparsifier.events)
+        if not every or not step or step == self._logged_at or (step % every and not switched):
             return
         self._logged_at = step
         for i, sparsifier in enumerate(self.sparsifiers):

@@ -110,9 +110,19 @@ def test_what_the_switch_sees_is_logged(tiny: Any, make_trainer: Any, tmp_path: 
     assert all(float(by_step[t]["sparsity/threshold"]) == 1e-30 for t in (2, 4, 6, 8))
     assert by_step[2]["sparsity/window_mean"] == "", "no window mean before the window is full"
     assert all(float(by_step[t]["sparsity/window_mean"]) > 0 for t in (4, 6, 8))
+    assert float(by_step[10]["sparsity/window_mean"]) > 0, "what the switch fired on"
     assert by_step[12]["sparsity/variance_change"] == "", "v is frozen: nothing moves"
     assert all(0 <= float(by_step[t]["sparsity/flip_rate"]) < 1 for t in (12, 14, 16, 18, 20))
     assert list((tmp_path / "tb" / "version_0").glob("events.out.tfevents*"))
+
+
+def test_the_switch_is_logged_even_between_two_logs(tiny: Any, make_trainer: Any, tmp_path: Any) -> None:
+    recipe = STEP(AutoSwitch(window=3, threshold=1e-30, t_min=0, t_max=7))
+    logger = CSVLogger(tmp_path, name="csv")
+    make_trainer(STEPSparsityCallback(recipe=recipe), logger=logger, log_every_n_steps=10).fit(tiny())
+    rows = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
+    step = rows[0].split(",").index("step")
+    assert [int(row.split(",")[step]) for row in rows[1:]] == [7, 10, 20]
 
 
 def test_accumulated_batches_count_as_one_step(tiny: Any, make_trainer: Any) -> None:

@@ -132,6 +132,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(start, train, recipe, optimize
         resumed = start(recipe, optimizer, **how)
         for part, state in zip(resumed, states[crash], strict=True):
             part.load_state_dict(state)
+            assert same(part.state_dict(), state)
         resumed[2].check_restored()
         train(*resumed[:2], STEPS + 1, crash)
         for part, uninterrupted in zip(resumed, run, strict=True):
