@@ -142,6 +142,7 @@ class SwitchBoard:
             state: From `state_dict`.
         """
         self.close({role for role in self._open if role not in state})
+        self._closing = {}  # nothing has fired here
         for role, watcher in self._open.items():
             watcher.load_state_dict(state[role])
 

@@ -35,6 +35,7 @@ def test_a_python_block_runs(number: int, tmp_path: Path, monkeypatch: pytest.Mo
         runpy.run_path(str(script))
 
 
+@pytest.mark.filterwarnings("ignore")  # LightningCLI 2.6 calls what newer jsonargparse deprecates
 @pytest.mark.parametrize("number", range(len(blocks("yaml"))))
 def test_a_yaml_block_configures_a_trainer(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning.pytorch.cli import LightningCLI

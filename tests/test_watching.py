@@ -153,6 +153,18 @@ def test_the_board_forgets_what_has_begun():
     assert (restored.state_dict(), restored.gauges(), restored.read()) == ({}, {}, 0)
 
 
+def test_the_gauges_show_what_a_switch_fired_on_until_the_next_step():
+    model, optimizer, sparsifier = run(STEP(SOON), 3, read_every=1)
+    shown = sparsifier.gauges()
+    assert shown.keys() == {"phase", "variance_change", "window_mean", "threshold"}
+    assert sparsifier.events[0].numbers.startswith(f"{shown['window_mean']:.3g} against 1e+09 ")
+    resumed = run(STEP(SOON))[2]
+    resumed.load_state_dict(sparsifier.state_dict())
+    assert resumed.gauges() == {"phase": 2.0}  # it fired on nothing here
+    train(model, optimizer, 4, 3)
+    assert sparsifier.gauges() == {"phase": 2.0}
+
+
 def test_samples_are_added_up_over_processes_before_the_mean():
     switch = AutoSwitch(window=1, threshold=1e-30, t_min=0, t_max=99)
     alone = run(STEP(switch), 3, read_every=1)[2]
