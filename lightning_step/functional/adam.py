@@ -6,8 +6,8 @@ Note [Dead coordinates]
     Where no gradient came before the switch, :math:`\hat v` is about 0, and a later gradient divided by ``eps`` would blow
     up. Two guards. A coordinate whose :math:`\sqrt{\hat v}` is not above ``eps`` (the place where Adam's own denominator is
     ``eps`` and says nothing about the gradient) takes the root mean square of its tensor instead. And no coordinate
-    moves by more than ``max_step`` learning rates in one step: live Adam has that bound,
-    :math:`\max(1, (1-\beta_1)/\sqrt{1-\beta_2})`, freezing v loses it, so it is put back.
+    moves by more than ``max_step`` learning rates in one step: live Adam answers a first gradient after long silence with
+    :math:`\max(1, (1-\beta_1)/\sqrt{1-\beta_2})` of them, however large it is; freezing v loses that, so it is put back.
 """
 
 from __future__ import annotations
@@ -142,15 +142,17 @@ def preconditioner(v: Tensor, t: int, *, beta2: float, eps: float = 1e-8, form: 
 
 
 def adam_bound(betas: tuple[float, float]) -> float:
-    r"""How far stock Adam can move a coordinate in one step, in learning rates.
+    r"""How far a first gradient after long silence moves a coordinate under stock Adam, in learning rates.
 
     .. math:: \max\big(1, (1-\beta_1)/\sqrt{1-\beta_2}\big)
+
+    The usual reading of it as Adam's largest step is nearly right: only gradients that grow from step to step go beyond.
 
     Args:
         betas: Decay of the first and of the second moment.
 
     Returns:
-        The bound, at least 1.
+        The bound that phase II keeps, at least 1.
 
     Example:
         >>> round(adam_bound((0.9, 0.999)), 3)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_step.functional.mask import as_groups
+from lightning_step.functional.mask import apply_mask, as_groups
 from lightning_step.pattern import NMPattern
 
 __all__ = [
@@ -156,7 +156,7 @@ def kept_magnitude_update(weight: Tensor, mask: Tensor) -> Tensor:
         0.75
     """
     magnitude = weight.detach().abs().double()
-    return torch.stack([(magnitude * mask).sum(), magnitude.sum()])
+    return torch.stack([apply_mask(magnitude, mask).sum(), magnitude.sum()])
 
 
 def _nonzeros(weight: Tensor, pattern: NMPattern, dim: int) -> Tensor:

@@ -25,7 +25,8 @@ class STEP(Recipe):
         masks_from: When masks begin, if that is to be another moment than the switch: ``AtStep(0)`` masks from the start.
         scope: Whose second moment is frozen.
         form: How the preconditioner is made from v: ``"adam"`` goes on without a jump, ``"paper"`` is the paper's form.
-        max_step: Largest move of one coordinate in one step of phase II, in learning rates. None: the bound live Adam has;
+        max_step: Largest move of one coordinate in one step of phase II, in learning rates. None: what live Adam
+            makes of a first gradient;
             infinity: none, as in the paper.
 
     Raises:
