@@ -32,9 +32,9 @@ class VarianceLog:
     """What one run logged of its switch; a curve may be empty.
 
     Example:
-        >>> log = VarianceLog(Curve((10, 20), (2e-8, 9e-9)), Curve((), ()), Curve((), ()), Curve((10, 20, 30), (1, 1, 2)))
+        >>> log = VarianceLog(Curve((10, 20), (2e-8, 9e-9)), Curve((), ()), Curve((), ()), Curve((10, 20, 30), (1, 2, 2)))
         >>> log.masks_on, log.frozen
-        (30, 30)
+        (20, 20)
     """
 
     change: Curve  # Z, the newest sample
@@ -53,13 +53,13 @@ class VarianceLog:
 
     @property
     def frozen(self) -> int | None:
-        """The first logged step without a sample: the switch that was watched had fired.
+        """The step of the last sample, if the run went on behind it: the switch that was watched fired on that sample.
 
         Returns:
             The step; None if it never fired.
         """
         last = self.change.steps[-1]
-        return next((step for step in self.phase.steps if step > last), None)
+        return last if any(step > last for step in self.phase.steps) else None
 
 
 def read_variance(folder: str | os.PathLike[str], prefix: str = "sparsity") -> VarianceLog:
@@ -142,7 +142,10 @@ def plot_variance(
         ) from error
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")  # not through pyplot: no global state, no display
     FigureCanvasAgg(figure)
-    _draw(figure.add_subplot(), log)
+    axes = figure.add_subplot()
+    _draw(axes, log)
+    _mark(axes, log)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
@@ -156,31 +159,35 @@ def _draw(axes: Axes, log: VarianceLog) -> None:
     if log.threshold.steps:
         value = log.threshold.values[-1]
         axes.axhline(value, color="#c0392b", linestyle="--", linewidth=1.2, label=f"threshold {value:.3g}")
-    _mark(axes, log)
-    axes.set_xlim(0, max(log.phase.steps or log.change.steps))
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("change of the second moment")
-    axes.set_title("When the second moment had settled")
+    axes.set_title("How much Adam's second moment still moves")
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
 
 
 def _mark(axes: Axes, log: VarianceLog) -> None:
-    """Vertical lines where masks began and where v froze; one line if that was one event."""
+    """Vertical lines where masks began and where v froze, one line if that was one event; what comes later is cut short."""
+    end = max(log.phase.steps or log.change.steps)
     marks: dict[int, list[str]] = {}
     for step, what in ((log.masks_on, "masks on"), (log.frozen, "v frozen")):
         if step is not None:
             marks.setdefault(step, []).append(what)
+    right = min(end, 2 * max(marks, default=end))
+    axes.set_xlim(0, right)
     for i, (step, events) in enumerate(sorted(marks.items())):
+        before = step > right / 2  # no room for the label behind the line
         axes.axvline(step, color="#2e7d32", linewidth=1.2)
-        axes.axvspan(step, max(log.phase.steps), color="#2e7d32", alpha=0.05, linewidth=0)
+        axes.axvspan(step, right, color="#2e7d32", alpha=0.05, linewidth=0)
         axes.annotate(
-            f"step {step}: {', '.join(events)}",
-            (step, 0.04 + 0.07 * i),
+            f"step {step} of {end}: {', '.join(events)}",
+            (step, 0.95 - 0.08 * i),
             xycoords=("data", "axes fraction"),
-            xytext=(6, 0),
+            xytext=(-6 if before else 6, 0),
             textcoords="offset points",
+            horizontalalignment="right" if before else "left",
+            verticalalignment="top",
             color="#2e7d32",
+            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
         )
