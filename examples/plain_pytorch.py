@@ -36,7 +36,7 @@ def main() -> None:
 
     for step, (inputs, targets) in enumerate(batches, start=1):
         loss = model.loss(inputs, targets)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call] # torch does not annotate it
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0:

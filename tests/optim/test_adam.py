@@ -73,7 +73,6 @@ def group_of(optimizer, parameter):
 
 
 def reference(optimizer, parameter, weight, m, denominator, t, grad, max_step):
-    """One step of the reference, with the constants of the parameter's group."""
     group = group_of(optimizer, parameter)
     beta1, beta2 = (float(beta) for beta in group["betas"])
     return preconditioned_step(
@@ -176,21 +175,22 @@ def stored(optimizer):
     return sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
 
 
+@pytest.mark.parametrize("form", ["adam", "paper"])
 @pytest.mark.parametrize(("kind", "implementation", "settings"), MATRIX)
-def test_freezing_adds_no_memory_and_keeps_the_storage(kind, implementation, settings):
+def test_freezing_adds_no_memory_and_keeps_the_storage(kind, implementation, settings, form):
     optimizer, parameters = make(kind, implementation, settings)
     phase_one(optimizer, parameters)
     places = {p: optimizer.state[p]["exp_avg_sq"].data_ptr() for p in parameters}
     largest = {p: optimizer.state[p].get("max_exp_avg_sq", optimizer.state[p]["exp_avg_sq"]).clone() for p in parameters}
     size = stored(optimizer)
-    adapter.freeze(optimizer, parameters, "adam")
+    adapter.freeze(optimizer, parameters, form)
     dropped = sum(p.nbytes for p in parameters) if optimizer.defaults["amsgrad"] else 0
     assert stored(optimizer) == size - dropped
     for p in parameters:
         group, now = group_of(optimizer, p), adapter.second_moment(optimizer, p)
         assert now.data_ptr() == places[p]
         t, beta2 = int(optimizer.state[p]["step"]), float(group["betas"][1])
-        assert torch.equal(now, preconditioner(largest[p], t, beta2=beta2, eps=group["eps"]))
+        assert torch.equal(now, preconditioner(largest[p], t, beta2=beta2, eps=group["eps"], form=form))
 
 
 def test_only_what_is_named_freezes_and_moves():
