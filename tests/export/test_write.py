@@ -160,6 +160,15 @@ def test_a_stripped_model_is_verified_not_pruned(format, tmp_path):
     assert path.read_bytes() == good, "a refused export has touched the file"
 
 
+def test_a_minus_zero_is_kept_as_long_as_there_is_room(tmp_path, zoo):
+    model = nn.Linear(8, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0, -0.0, 0.0, 1.0, -0.0, 2.0, -0.0, -0.0]]))
+    path = export_model(model, tmp_path / "x", "packed", targets=find_targets(model, NMPattern(2, 4))).path
+    expected = torch.tensor([[0.0, -0.0, 0.0, 1.0, -0.0, 2.0, 0.0, 0.0]])
+    assert zoo.bits_of(load_sparse(path)) == zoo.bits_of({"weight": expected})
+
+
 def test_targets_of_another_model_are_refused(tmp_path):
     model, _ = small()
     targets = find_targets(nn.ModuleDict({"net": model}), NMPattern(2, 4))
