@@ -17,7 +17,15 @@ from lightning_step.functional.autoswitch import (
     window_mean,
 )
 from lightning_step.functional.mask import apply_mask, as_groups, magnitude_mask, nm_mask
+from lightning_step.functional.nadam import (
+    NAdamState,
+    nadam_bound,
+    nadam_momentum,
+    nadam_step,
+    preconditioned_nadam_step,
+)
 from lightning_step.functional.packing import Packed, index_bytes, index_width, pack_nm, unpack_nm
+from lightning_step.functional.radam import preconditioned_radam_step, radam_step, rectification
 from lightning_step.functional.stats import (
     Violation,
     density_update,
@@ -31,6 +39,7 @@ from lightning_step.functional.ste import pruned_part, straight_through
 
 __all__ = [
     "AdamState",
+    "NAdamState",
     "Packed",
     "PreconditionForm",
     "Statistic",
@@ -46,12 +55,19 @@ __all__ = [
     "index_width",
     "kept_magnitude_update",
     "magnitude_mask",
+    "nadam_bound",
+    "nadam_momentum",
+    "nadam_step",
     "nm_mask",
     "pack_nm",
+    "preconditioned_nadam_step",
+    "preconditioned_radam_step",
     "preconditioned_step",
     "preconditioner",
     "pruned_part",
+    "radam_step",
     "ratio_compute",
+    "rectification",
     "second_moment_change",
     "statistic_compute",
     "statistic_update",

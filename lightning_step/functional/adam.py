@@ -96,7 +96,7 @@ def adam_step(
         `AdamW <https://arxiv.org/abs/1711.05101>`_, 2019.
     """
     beta1, beta2 = betas
-    weight, grad = _decay(weight, grad, lr, weight_decay, decoupled, maximize)
+    weight, grad = decayed(weight, grad, lr, weight_decay, decoupled, maximize)
     m = beta1 * state.m + (1 - beta1) * grad
     v = beta2 * state.v + (1 - beta2) * grad.square()
     v_max = torch.maximum(state.v_max, v)
@@ -206,13 +206,13 @@ def preconditioned_step(
     References:
         Lu et al., `STEP <https://arxiv.org/abs/2302.01172>`_, ICML 2023, algorithm 1, phase II.
     """
-    weight, grad = _decay(weight, grad, lr, weight_decay, decoupled, maximize)
+    weight, grad = decayed(weight, grad, lr, weight_decay, decoupled, maximize)
     m = beta1 * m + (1 - beta1) * grad
     update = (m / (1 - beta1 ** (t + 1))) / denominator
     return weight - lr * update.clamp(-max_step, max_step), m
 
 
-def _decay(
+def decayed(
     weight: Tensor, grad: Tensor, lr: float, weight_decay: float, decoupled: bool, maximize: bool
 ) -> tuple[Tensor, Tensor]:
     grad = -grad if maximize else grad

@@ -8,7 +8,7 @@ Note [In the place of exp_avg_sq]
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -20,7 +20,10 @@ from lightning_step.errors import OptimizerError
 from lightning_step.functional import PreconditionForm, adam_bound, preconditioner
 from lightning_step.optim.base import Moments, SecondMomentAdapter
 
-__all__ = ["AdamAdapter"]
+__all__ = ["AdamAdapter", "clamp", "on_host"]
+
+State = MutableMapping[str, Any]
+"""What an optimizer keeps for one parameter."""
 
 
 class AdamAdapter(SecondMomentAdapter):
@@ -72,9 +75,12 @@ class AdamAdapter(SecondMomentAdapter):
             # A complex one has two second moments; it is never masked, so it just stays live.
             if not state or parameter.is_complex() or not bool(state["exp_avg_sq"].any()):
                 continue
-            moments = self.moments(groups[parameter])
+            t, moments = int(state["step"]), self.moments(groups[parameter])
+            if not self._trusts(t, moments):
+                continue
             v = state.pop("max_exp_avg_sq", state["exp_avg_sq"])
-            state["exp_avg_sq"].copy_(preconditioner(v, int(state["step"]), beta2=moments.beta2, eps=moments.eps, form=form))
+            eps = self._eps(t, moments)
+            state["exp_avg_sq"].copy_(preconditioner(v, t, beta2=moments.beta2, eps=eps, form=form))
             frozen.append(parameter)
         return frozen
 
@@ -82,10 +88,93 @@ class AdamAdapter(SecondMomentAdapter):
     @torch.no_grad()
     def step(self, optimizer: Optimizer, grads: Mapping[Tensor, Tensor], max_step: float | None) -> None:
         for group in optimizer.param_groups:
-            moments = self.moments(group)
-            bound = adam_bound((moments.beta1, moments.beta2)) if max_step is None else max_step
             for bucket in _buckets(optimizer, [p for p in group["params"] if p in grads]):
-                _step_bucket(optimizer, group, bucket, [grads[p] for p in bucket], moments.beta1, bound)
+                self._step_bucket(optimizer, group, bucket, [grads[p] for p in bucket], max_step)
+
+    def _trusts(self, t: int, moments: Moments) -> bool:
+        """Whether the stock optimizer divides by v after so many steps; if not, there is nothing to freeze yet."""
+        return True
+
+    def _eps(self, t: int, moments: Moments) -> float:
+        """What the stock optimizer adds to the root of the corrected v after so many steps."""
+        return moments.eps
+
+    def _moves(
+        self, group: Mapping[str, Any], states: list[State], grads: list[Tensor], max_step: float | None
+    ) -> tuple[list[Tensor], float]:
+        """What to take off the parameters of a bucket, whose first moments and step counts are those of after the step.
+
+        Args:
+            group: Their parameter group.
+            states: Their states.
+            grads: Their effective gradients.
+            max_step: See `step`.
+
+        Returns:
+            Fresh tensors, bounded, in learning rates once divided by the number that comes second.
+        """
+        moments = self.moments(group)
+        bound = adam_bound((moments.beta1, moments.beta2)) if max_step is None else max_step
+        updates = list(torch._foreach_div([s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]))
+        if on_host(states):
+            correction = 1 - moments.beta1 ** float(states[0]["step"])
+            clamp(updates, bound * correction)
+            return updates, correction
+        torch._foreach_div_(updates, [(1 - moments.beta1 ** s["step"]).to(u) for s, u in zip(states, updates, strict=True)])
+        clamp(updates, bound)
+        return updates, 1.0
+
+    def _step_bucket(
+        self,
+        optimizer: Optimizer,
+        group: Mapping[str, Any],
+        parameters: list[Tensor],
+        grads: list[Tensor],
+        max_step: float | None,
+    ) -> None:
+        states = [optimizer.state[parameter] for parameter in parameters]
+        torch._foreach_add_([state["step"] for state in states], 1)
+        grads = _decay(group, parameters, grads)
+        torch._foreach_lerp_([state["exp_avg"] for state in states], grads, 1 - self.moments(group).beta1)
+        updates, divisor = self._moves(group, states, grads, max_step)
+        if isinstance(group["lr"], Tensor):  # it may live on the device: stay there
+            torch._foreach_mul_(updates, [(group["lr"] / divisor).to(update) for update in updates])
+            torch._foreach_sub_(parameters, updates)
+        else:
+            torch._foreach_add_(parameters, updates, alpha=-group["lr"] / divisor)
+
+
+def on_host(states: list[State]) -> bool:
+    """Whether step counts can be read without waiting for a device; then they are equal within a bucket.
+
+    Args:
+        states: The states of a bucket.
+
+    Returns:
+        True if they lie on the CPU.
+
+    Example:
+        >>> on_host([{"step": torch.tensor(3.0)}])
+        True
+    """
+    return bool(states[0]["step"].device.type == "cpu")
+
+
+def clamp(updates: list[Tensor], bound: float) -> None:
+    """Bound every coordinate, in place.
+
+    Args:
+        updates: The tensors.
+        bound: Largest magnitude; infinity: none.
+
+    Example:
+        >>> clamp([update := torch.tensor([-3.0, 1.0])], 2.0)
+        >>> update
+        tensor([-2.,  1.])
+    """
+    if bound != torch.inf:
+        torch._foreach_clamp_max_(updates, bound)
+        torch._foreach_clamp_min_(updates, -bound)
 
 
 def _is_decoupled(group: Mapping[str, Any]) -> bool:
@@ -102,33 +191,6 @@ def _buckets(optimizer: Optimizer, parameters: list[Tensor]) -> list[list[Tensor
     return list(buckets.values())
 
 
-def _step_bucket(
-    optimizer: Optimizer,
-    group: Mapping[str, Any],
-    parameters: list[Tensor],
-    grads: list[Tensor],
-    beta1: float,
-    bound: float,
-) -> None:
-    states = [optimizer.state[parameter] for parameter in parameters]
-    steps = [state["step"] for state in states]
-    torch._foreach_add_(steps, 1)
-    grads = _decay(group, parameters, grads)
-    first = [state["exp_avg"] for state in states]
-    torch._foreach_lerp_(first, grads, 1 - beta1)
-    updates = torch._foreach_div(first, [state["exp_avg_sq"] for state in states])
-    if steps[0].device.type == "cpu" and not isinstance(group["lr"], Tensor):
-        correction = 1 - beta1 ** float(steps[0])
-        _clamp(updates, bound * correction)
-        torch._foreach_add_(parameters, updates, alpha=-group["lr"] / correction)
-    else:  # step counts or the rate live on the device: stay there
-        torch._foreach_div_(updates, [(1 - beta1**step).to(u) for step, u in zip(steps, updates, strict=True)])
-        _clamp(updates, bound)
-        rates = [torch.as_tensor(group["lr"]).to(update) for update in updates]
-        torch._foreach_mul_(updates, rates)
-        torch._foreach_sub_(parameters, updates)
-
-
 def _decay(group: Mapping[str, Any], parameters: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
     """Weight decay and sign, as the stock optimizer applies them; returns the gradients to use."""
     if group.get("maximize"):
@@ -143,9 +205,3 @@ def _decay(group: Mapping[str, Any], parameters: list[Tensor], grads: list[Tenso
     elif decay:
         grads = list(torch._foreach_add(grads, parameters, alpha=decay))
     return grads
-
-
-def _clamp(updates: list[Tensor] | tuple[Tensor, ...], bound: float) -> None:
-    if bound != torch.inf:
-        torch._foreach_clamp_max_(updates, bound)
-        torch._foreach_clamp_min_(updates, -bound)

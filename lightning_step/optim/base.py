@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_step.errors import OptimizerError
 from lightning_step.functional import PreconditionForm
+from lightning_step.optim.refused import why_refused
 
 __all__ = ["Moments", "SecondMomentAdapter", "adapter_for", "register_adapter"]
 
@@ -103,7 +104,8 @@ class SecondMomentAdapter(ABC):
             form: How D is made.
 
         Returns:
-            The parameters frozen; one without any second moment yet stays live and is not among them.
+            The parameters frozen; one without any second moment yet stays live and is not among them. If none is, the
+            switch stays open and asks again after the next step.
         """
 
     @abstractmethod
@@ -151,13 +153,23 @@ def adapter_for(optimizer: Optimizer) -> SecondMomentAdapter:
     """
     adapter = _adapters.get(type(optimizer))
     if adapter is None:
-        known = ", ".join(sorted(f"{t.__module__}.{t.__qualname__}" for t in _adapters))
-        cls = type(optimizer)
-        raise OptimizerError(
-            f"Expected an optimizer with a registered second-moment adapter (known: {known}), but got "
-            f"{cls.__module__}.{cls.__qualname__}. STEP has to read and freeze Adam's second moment. Use one of those; or "
-            "a recipe that works with any optimizer: SRSTE, STE, ASP, Dense; or, if it keeps Adam's state, "
-            f"`lightning_step.optim.register_adapter({cls.__name__}, AdamAdapter())`."
-        )
+        raise OptimizerError(_unknown(type(optimizer)))
     adapter.check(optimizer)
     return adapter
+
+
+def _unknown(cls: type[Optimizer]) -> str:
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    cure = "a recipe that works with any optimizer: SRSTE, STE, ASP, Dense"
+    reason = why_refused(cls)
+    if reason is not None:
+        return (
+            f"Expected an optimizer whose second moment can be frozen, but got {name}. {reason}. Give the masked tensors to "
+            f"Adam, AdamW, NAdam or RAdam, leave those it holds out with `exclude`, or use {cure}."
+        )
+    known = ", ".join(sorted(f"{t.__module__}.{t.__qualname__}" for t in _adapters))
+    return (
+        f"Expected an optimizer with a registered second-moment adapter (known: {known}), but got {name}. STEP has to read "
+        f"and freeze Adam's second moment. Use one of those; or {cure}; or, if it keeps Adam's state, "
+        f"`lightning_step.optim.register_adapter({cls.__name__}, AdamAdapter())`."
+    )

@@ -111,6 +111,12 @@ def test_hundred_steps_equal_the_reference_and_the_preconditioner_never_changes(
     check_hundred_steps(*frozen(kind, implementation, settings))
 
 
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_hundred_steps_with_the_step_count_left_on_the_device_equal_the_reference(settings, monkeypatch):
+    monkeypatch.setattr("lightning_step.optim.adam.on_host", lambda states: False)  # a way that no CPU would take
+    check_hundred_steps(*frozen("AdamW", "capturable", settings))
+
+
 @pytest.mark.parametrize("max_step", [None, float("inf"), 0.5])
 @pytest.mark.parametrize("settings", ["two groups", "tensor lr"])
 @pytest.mark.parametrize("form", ["adam", "paper"])

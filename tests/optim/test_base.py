@@ -1,9 +1,10 @@
 import pytest
+import schedulefree
 import torch
 from torch import nn
 
 from lightning_step.errors import OptimizerError
-from lightning_step.optim import AdamAdapter, SecondMomentAdapter, adapter_for, base, register_adapter
+from lightning_step.optim import AdamAdapter, RAdamAdapter, SecondMomentAdapter, adapter_for, base, register_adapter
 
 
 class MyAdamW(torch.optim.AdamW):
@@ -32,7 +33,7 @@ def test_adam_and_adamw_are_known(kind, arguments):
     ("kind", "name"),
     [
         (torch.optim.SGD, r"torch\.optim\.sgd\.SGD"),
-        (torch.optim.NAdam, r"torch\.optim\.nadam\.NAdam"),
+        (torch.optim.Adagrad, r"torch\.optim\.adagrad\.Adagrad"),
         (MyAdamW, r"\S*test_base\.MyAdamW"),
     ],
 )
@@ -75,7 +76,42 @@ def test_a_later_registration_replaces_the_earlier():
     assert type(adapter_for(make(torch.optim.AdamW))) is AdamAdapter
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def of_package(module, name):
+    """An optimizer type by the name of one that need not be installed."""
+    return type(name, (torch.optim.SGD,), {"__module__": module})
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (torch.optim.Adamax, r"torch\.optim\.adamax\.Adamax\. It keeps a decaying maximum of \|g\|, no second moment"),
+        (torch.optim.Muon, r"torch\.optim\.Muon\. It has a momentum only"),
+        (torch.optim.Adafactor, r"torch\.optim\.Adafactor\. It keeps sums over rows and columns"),
+        (torch.optim.SparseAdam, r"torch\.optim\.sparse_adam\.SparseAdam\. It takes sparse gradients only"),
+        (of_package("bitsandbytes.optim.adam", "Adam8bit"), r"bitsandbytes\.optim\.adam\.Adam8bit\. .* in 8 bits"),
+        (schedulefree.AdamWScheduleFree, r"schedulefree\.\S+\.AdamWScheduleFree\. It trains one set .* evaluates another"),
+    ],
+)
+def test_what_looks_like_adam_and_cannot_be_frozen_is_refused_by_name_with_the_reason(kind, reason):
+    optimizer = kind([nn.Parameter(torch.ones(4, 4))], lr=0.1)
+    cure = r".*\. Give the masked tensors to Adam, AdamW, NAdam or RAdam, .*`exclude`, or use .*SRSTE, STE, ASP, Dense\.$"
+    with pytest.raises(OptimizerError, match=rf"but got {reason}{cure}"):
+        adapter_for(optimizer)
+    register_adapter(kind, AdamAdapter())  # who knows better may say so
+    assert isinstance(adapter_for(optimizer), AdamAdapter)
+
+
+@pytest.mark.parametrize(("beta2", "fits"), [(0.5, False), (2 / 3, False), (0.7, True), (0.999, True)])
+def test_radam_with_a_memory_too_short_to_divide_by_is_refused(beta2, fits):
+    optimizer = make(torch.optim.RAdam, betas=(0.9, beta2))
+    if fits:
+        assert isinstance(adapter_for(optimizer), RAdamAdapter)
+        return
+    with pytest.raises(OptimizerError, match=rf"Expected RAdam with beta2 > 2/3, but got beta2={beta2}: .*Raise beta2, or"):
+        adapter_for(optimizer)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam])
 def test_differentiable_is_refused(kind):
     with pytest.raises(
         OptimizerError, match=rf"Expected {kind.__name__} with differentiable=False.* recipe without a switch"
