@@ -2,6 +2,7 @@
 
 from lightning_step.callbacks import SparseExport, STEPSparsityCallback
 from lightning_step.errors import LightningStepError
+from lightning_step.events import SwitchEvent
 from lightning_step.export import export_model, load_sparse
 from lightning_step.parametrization import NMMask, apply_nm_masks, nm_masks, strip
 from lightning_step.pattern import NMPattern
@@ -18,7 +19,7 @@ from lightning_step.recipes import (
     Staleness,
     Switch,
 )
-from lightning_step.sparsifier import Sparsifier, SwitchEvent
+from lightning_step.sparsifier import Sparsifier
 from lightning_step.targets import LeftOut, Target, Targets, find_targets
 from lightning_step.version import __version__
 

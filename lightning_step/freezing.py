@@ -65,6 +65,16 @@ class FrozenStep:
         moments = {name: self._adapter.second_moment(self._optimizer, p) for name, p in self._parameters.items()}
         return [name for name, v in moments.items() if v is not None and not bool(torch.isfinite(v).all())]
 
+    def unseen(self) -> list[str]:
+        """Names of all that should freeze, if no gradient but zero has reached any of them.
+
+        Returns:
+            The names; nothing once there is a second moment to freeze.
+        """
+        moments = (self._adapter.second_moment(self._optimizer, parameter) for parameter in self._parameters.values())
+        seen = any(v is not None and bool(v.any()) for v in moments)
+        return [] if seen else list(self._parameters)
+
     def freeze(self) -> list[str]:
         """Turn every second moment into a preconditioner, in place.
 

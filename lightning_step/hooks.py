@@ -6,10 +6,16 @@ Note [After the closure]
     are there already. Unlike Lightning's ``on_before_optimizer_step`` this is behind gradient clipping, works the same in a
     plain loop, and under a loss scaler runs only for steps the scaler lets through (a fused optimizer skips on its own,
     and says so in ``found_inf``).
+
+Note [Steps within steps]
+    torch runs the hooks in the ``step`` of every class it has seen an instance of. A subclass that calls ``super().step()``
+    thus runs them twice, or once if nobody in the process has made an instance of the parent. Only the outermost step
+    counts; it is told by the call stack, because a count of steps begun would be wrong after an exception.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +60,8 @@ class StepHooks:
     def _pre_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if _within_another_step(optimizer):
+            return None
         # args[0] is the optimizer itself; the closure may come either way, see Note [After the closure]
         positional = len(args) > 1
         closure = args[1] if positional else kwargs.get("closure")
@@ -71,4 +79,16 @@ class StepHooks:
         return args, {**kwargs, "closure": closure_then_before}
 
     def _post_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._after()
+        if not _within_another_step(optimizer):
+            self._after()
+
+
+def _within_another_step(optimizer: Optimizer) -> bool:
+    """Whether the ``step`` that calls a hook was itself called by a ``step``. See Note [Steps within steps]."""
+    step = sys._getframe(2)  # torch's wrapper, the same code around every step; it calls the optimizer `self`
+    frame = step.f_back
+    while frame is not None:
+        if frame.f_code is step.f_code and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False

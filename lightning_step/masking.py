@@ -1,4 +1,10 @@
-"""All masks of one optimizer's tensors, and what a recipe does with them around an optimizer step."""
+"""All masks of one optimizer's tensors, and what a recipe does with them around an optimizer step.
+
+Note [Kept zeros]
+    A fixed mask is read off the weights like any other: what was pruned is zero, so what is not zero was kept, and nothing
+    is stored that could be lost on resume. A kept weight that a step brings to exactly zero would tie with the pruned ones
+    and could lose its place to one of a lower index. So it is held at the smallest normal number instead.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +80,7 @@ class MaskSet:
         self.enable(True, t)
         if self._rule.fixed:
             for name, parameter in self.parameters.items():
-                parameter.copy_(apply_mask(parameter, self._masks[name].mask(parameter)))
+                _hold(parameter, self._masks[name].mask(parameter))
 
     def edit_gradients(self, grad_scale: Tensor | None) -> None:
         r"""Add :math:`\lambda\,(1-\Pi)\odot w` to the gradients that the optimizer is about to use.
@@ -113,7 +119,7 @@ class MaskSet:
         """
         if self.enabled and self._rule.fixed:
             for name, mask in self._before.items():
-                self.parameters[name].copy_(apply_mask(self.parameters[name], mask))
+                _hold(self.parameters[name], mask)
         if self.enabled:
             for name, current in self._masks.items():
                 current.pattern = self._pattern(name, t)
@@ -133,6 +139,13 @@ class MaskSet:
 
 
 def parameter_of(model: nn.Module, target: Target) -> nn.Parameter:
+def _hold(parameter: Tensor, mask: Tensor) -> None:
+    """Prune, in place; what is kept stays apart from what is pruned. See Note [Kept zeros]."""
+    zeros = mask & (parameter == 0)
+    parameter.copy_(apply_mask(parameter, mask))
+    parameter.masked_fill_(zeros, torch.finfo(parameter.dtype).smallest_normal)
+
+
     """The latent weight behind a target.
 
     Args:

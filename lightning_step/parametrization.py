@@ -60,7 +60,8 @@ class NMMask(nn.Module):
         super().__init__()
         if not isinstance(pattern, NMPattern):
             raise ArgumentTypeError(f"Expected `pattern` to be an NMPattern, but got {pattern!r}. Write NMPattern(2, 4).")
-        self.pattern = pattern
+        self.pattern = pattern  # now; a recipe may change it while the model trains
+        self.final = pattern  # what the tensor is to end with
         self.dim = dim
         self.gradient: Gradient = gradient
         self.enabled = enabled
@@ -190,10 +191,10 @@ def install_masks(model: nn.Module, targets: Sequence[Target], *, enabled: bool 
     for target in targets:
         present = [_masks_of(model.get_submodule(name)).get(attribute) for name, attribute in target.owners]
         mask = next((m for m in present if m is not None), None) or NMMask(target.pattern, target.dim, enabled=enabled)
-        if (mask.pattern, mask.dim) != (target.pattern, target.dim):
+        if (mask.final, mask.dim) != (target.pattern, target.dim):
             raise ConfigurationError(
                 f"Expected {target.name!r} to be unmasked or to have the pattern {target.pattern} along dim {target.dim}, "
-                f"but got {mask.pattern} along dim {mask.dim} from an earlier call. Call `strip(model)` first."
+                f"but got {mask.final} along dim {mask.dim} from an earlier call. Call `strip(model)` first."
             )
         for name, attribute in target.owners:
             _install(model.get_submodule(name), attribute, mask)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_step.events import SwitchEvent, bad_gradient, bad_moment, no_moment
 from lightning_step.freezing import FrozenStep
 from lightning_step.hooks import StepHooks
 from lightning_step.masking import MaskSet, parameter_of
@@ -23,28 +24,7 @@ from lightning_step.targets import Overrides, find_targets
 from lightning_step.watching import Role, SwitchBoard
 from lightning_step.wiring import clock_of, frozen_step, held_by, needs_adapter, switches
 
-__all__ = ["Sparsifier", "SwitchEvent"]
-
-
-@dataclass(frozen=True)
-class SwitchEvent:
-    """Masks began, or the second moment froze, or both.
-
-    Example:
-        >>> print(SwitchEvent(100, True, True, "t_max reached", "T_max = 100", "8 tensors"))
-        optimizer step 100: masks on, second moment frozen (8 tensors); t_max reached: T_max = 100
-    """
-
-    step: int  # optimizer steps taken
-    masks: bool
-    freeze: bool
-    rule: str
-    numbers: str
-    what: str
-
-    def __str__(self) -> str:
-        parts = ["masks on"] * self.masks + ["second moment frozen"] * self.freeze
-        return f"optimizer step {self.step}: {', '.join(parts)} ({self.what}); {self.rule}: {self.numbers}"
+__all__ = ["Sparsifier"]
 
 
 class Sparsifier:
@@ -118,6 +98,7 @@ class Sparsifier:
         self._flip_rate: float | None = None
         self._warned: set[str] = set()
         self._live = False  # between the hooks of a step that has gradients
+        self._resumed = False  # from `load_state_dict` to the check before the next step
 
         found = find_targets(
             model, NMPattern(n, m), include=include, exclude=exclude, overrides=overrides, min_weights=min_weights
@@ -134,7 +115,8 @@ class Sparsifier:
             )
 
         clock = clock_of(adapter, optimizer, total_steps)
-        self._board = SwitchBoard(switches(self.recipe), clock, make_sampler, read_every=max(1, read_every))
+        self._new_board = partial(SwitchBoard, switches(self.recipe), clock, make_sampler, read_every=max(1, read_every))
+        self._board = self._new_board()
         # All that can be refused has been refused: only now is the model touched.
         self._masks = MaskSet(model, self.targets.masked, install_masks(model, self.targets.masked), self.recipe)
         self._frozen = frozen_step(self.recipe, adapter, optimizer, model, self._masks)
@@ -181,32 +163,36 @@ class Sparsifier:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a checkpoint was written. Load the model and the optimizer too.
+        """Go on where a checkpoint was written. Load the model and the optimizer too. Nothing changes if it raises.
 
         Args:
             state: From `state_dict`.
 
         Raises:
-            ResumeError: If it was written under another recipe or pattern, or by a newer version.
+            ResumeError: If it was written under another recipe, pattern or model, or by a newer version.
         """
         check_version(state)
         check_config(saved=state["config"], current=config_of(self.recipe, self.targets.masked))
-        self.t = int(state["t"])
-        self._board.load_state_dict(state["open"])
-        self.events = [SwitchEvent(**event) for event in state["events"]]
-        self._flip_rate = state["flip_rate"]
-        self._masks.enable(bool(state["masks"]), self.t)
+        t, masks, flip_rate = int(state["t"]), bool(state["masks"]), state["flip_rate"]
+        events = [SwitchEvent(**event) for event in state["events"]]
+        board = self._new_board()  # what has closed since may be open there
+        board.load_state_dict(state["open"])
         if self._frozen is not None:
             self._frozen.restore(state["frozen"])
+        # All that can be refused has been refused: only now is anything changed.
+        self.t, self.events, self._board, self._flip_rate = t, events, board, flip_rate
+        self._masks.enable(masks, t)
+        self._resumed = True
 
     def check_restored(self) -> None:
-        """Make sure that the optimizer's state came back together with the phase. Call before the first resumed step.
+        """Make sure that the optimizer's state came back together with the phase. The first resumed step does so, too.
 
         Raises:
             ResumeError: If it did not.
         """
         if self._frozen is not None:
             self._frozen.check_restored()
+        self._resumed = False
 
     def detach(self) -> None:
         """Take the hooks off the optimizer; masks stay as they are."""
@@ -216,6 +202,8 @@ class Sparsifier:
         self._live = any(p.grad is not None for group in self._optimizer.param_groups for p in group["params"])
         if not self._live:  # the stock step moves nothing either
             return
+        if self._resumed:
+            self.check_restored()
         found_inf, grad_scale = self._scaler()
         self._masks.edit_gradients(grad_scale)
         self._board.observe(found_inf, grad_scale)
@@ -256,12 +244,7 @@ class Sparsifier:
 
     def _read(self) -> None:
         if self._board.read():
-            self._warn(
-                "gradient",
-                f"Expected finite gradients, but got NaN or infinity before optimizer step {self.t}: no variance sample was "
-                "taken from it. Clip gradients, lower the learning rate, or find the layer with "
-                "Trainer(detect_anomaly=True).",
-            )
+            self._warn("gradient", bad_gradient(self.t))
 
     def _switch(self, roles: set[Role], decision: Decision) -> None:
         frozen: list[str] = []
@@ -282,14 +265,13 @@ class Sparsifier:
     def _freeze(self, frozen: FrozenStep) -> list[str]:
         """Names of what froze; nothing before the first step, when there is no second moment, or if it is not finite."""
         bad = frozen.non_finite()
-        if not bad:
-            return frozen.freeze()
-        self._warn(
-            "moment",
-            f"Expected a finite second moment at the switch, but got NaN or infinity in {bad[0]!r} (and {len(bad) - 1} "
-            f"more) at optimizer step {self.t}: nothing is frozen. Go back to a checkpoint from before.",
-        )
-        return []
+        if bad:
+            self._warn("moment", bad_moment(bad, self.t))
+            return []
+        unseen = frozen.unseen() if self.t else []
+        if unseen:
+            self._warn("gradients", no_moment(unseen, self.t))
+        return frozen.freeze()
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:

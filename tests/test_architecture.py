@@ -23,7 +23,7 @@ LAYERS = {
     0: ["errors", "pattern", "version"],
     1: ["functional"],
     2: ["globs", "targets", "parametrization", "optim", "sampling", "export", "summary", "hooks"],
-    3: ["recipes", "masking", "watching", "freezing", "resume", "wiring", "sparsifier"],
+    3: ["recipes", "masking", "watching", "freezing", "resume", "events", "wiring", "sparsifier"],
     4: ["callbacks"],
     5: ["reports", "cli", "__main__"],
     6: ["__init__"],

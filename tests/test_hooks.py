@@ -172,3 +172,40 @@ def test_an_error_in_the_closure_reaches_the_caller_and_after_does_not_run():
     with pytest.raises(RuntimeError, match="out of data"):
         optimizer.step(closure)
     assert calls == []
+
+
+# Steps within steps -------------------------------------------------------------------------------------------------
+
+
+class CallsSuper(torch.optim.SGD):
+    def step(self, closure=None):
+        loss = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.clamp_(min=0.0)
+        return loss
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_that_calls_its_parents_step_is_one_step(step):
+    make()  # from now on torch runs the hooks in the parent's step, too
+    weight, optimizer = make(CallsSuper)
+    log = []
+    StepHooks(optimizer, lambda: log.append(("before", weight.tolist())), lambda: log.append(("after", weight.tolist())))
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    for _ in range(2):
+        step(weight, optimizer, 3.0, log)
+    seen = [entry for entry in log if entry != "closure"]
+    assert seen == [("before", [1.0, 2.0]), ("after", [0.0, 0.5]), ("before", [0.0, 0.5]), ("after", [0.0, 0.0])]
+
+
+def test_a_step_within_the_step_of_another_optimizer_counts():
+    weight, optimizer = make()
+    _, outer = make(CallsSuper)
+    log = []
+    StepHooks(optimizer, lambda: log.append("before"), lambda: log.append("after"))
+    weight.grad = torch.ones(2)
+    outer.step(lambda: optimizer.step())
+    assert log == ["before", "after"]

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from lightning_step import ASP, SRSTE, STE, AtStep, NMPattern, Recipe, Sparsifier, apply_nm_masks, nm_masks
+from lightning_step.errors import ConfigurationError
 from lightning_step.masking import MaskSet
 from lightning_step.recipes import Plan
 
@@ -208,3 +209,77 @@ def test_the_pattern_of_every_tensor_follows_the_recipe_step_by_step():
         model(torch.ones(1, 8)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+# A fixed mask and exact zeros ---------------------------------------------------------------------------------------
+
+
+class Clamping(SGD):
+    """A proximal optimizer: its step ends with many exact zeros."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.clamp_(min=0.0)
+        return loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_fixed_mask_survives_kept_weights_that_become_exactly_zero(dtype):
+    model = two_layers().to(dtype)
+    optimizer = Clamping(model.parameters(), lr=0.5)
+    sparsifier = Sparsifier(model, optimizer, recipe=ASP(AtStep(2)))
+    masks, zeros = [], 0
+    for _ in range(8):
+        model(torch.randn(4, 8, dtype=dtype)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if sparsifier.phase == 2:
+            masks.append([mask.mask(w) for mask, w in zip(nm_masks(model).values(), latent(model), strict=True)])
+            assert all(equal([kept], [weight != 0]) for kept, weight in zip(masks[-1], latent(model), strict=True))
+            zeros = sum(int((w == torch.finfo(dtype).smallest_normal).sum()) for w in latent(model))
+    assert zeros
+    assert all(equal(masks[0], later) for later in masks)
+
+
+def test_pruning_a_tensor_of_zeros_keeps_the_places_of_lowest_index():
+    model = two_layers()
+    nn.init.zeros_(model[0].weight)
+    _, masks = model, MaskSet(model, apply_nm_masks(model, TWO_FOUR, enabled=False).masked, nm_masks(model), ASP())
+    masks.begin(0)
+    kept = model[0].weight != 0
+    assert torch.equal(kept, torch.tensor([True, True, False, False] * 2).expand(8, 8))
+    assert float(model[0].weight.detach().max()) < 1e-37
+
+
+# A model that was left in the middle --------------------------------------------------------------------------------
+
+
+def test_a_model_left_in_the_middle_of_a_changing_pattern_starts_anew_or_goes_on():
+    model = two_layers()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    first = Sparsifier(model, optimizer, 1, 4, recipe=Narrowing())
+    for _ in range(3):
+        model(torch.ones(1, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    first.detach()
+    state = first.state_dict()
+    assert kept_per_group(model) == [3, 1]
+    assert apply_nm_masks(model, NMPattern(1, 4)).masked  # the same masks: they stay as they are
+    assert kept_per_group(model) == [3, 1]
+    second = Sparsifier(model, optimizer, 1, 4, recipe=Narrowing())
+    assert kept_per_group(model) == [4, 4]
+    second.load_state_dict(state)
+    assert kept_per_group(model) == [3, 1]
+
+
+def test_a_model_left_in_the_middle_is_refused_under_another_final_pattern():
+    model = two_layers()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    Sparsifier(model, optimizer, 3, 4, recipe=STE()).detach()
+    nm_masks(model)["0.weight"].pattern = NMPattern(4, 4)
+    with pytest.raises(ConfigurationError, match=r"'0.weight' .*the pattern 2:4 along dim 1, but got 3:4 .*Call `strip"):
+        Sparsifier(model, optimizer, 2, 4, recipe=STE())

@@ -1,13 +1,15 @@
 """The driver in loops as people write them: loss scaling, accumulation, closures, schedules, clipping."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import Adam, AdamW
 
-from lightning_step import ASP, SRSTE, STEP, AtStep, AutoSwitch, Dense, Sparsifier
+from lightning_step import ASP, SRSTE, STEP, AtStep, AutoSwitch, Dense, Sparsifier, SwitchEvent, nm_masks
+from lightning_step.errors import ResumeError
 
 SWITCH = 5
 STEPS = 11
@@ -247,3 +249,114 @@ def test_detached_the_optimizer_is_the_stock_one_and_masks_stay():
 def test_the_recipe_is_step_unless_told():
     model = make_net()
     assert Sparsifier(model, AdamW(model.parameters()), total_steps=9).recipe == STEP()
+
+
+# Coming back to an earlier state ------------------------------------------------------------------------------------
+
+
+def taken(run):
+    """All that a resumed run needs, as three copies."""
+    return [copy.deepcopy(part.state_dict()) for part in (run.model, run.optimizer, run.sparsifier)]
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return all(map(same, a, b)) and len(a) == len(b) if isinstance(a, list) else a == b
+
+
+def give_back(run, states):
+    for part, state in zip((run.model, run.optimizer, run.sparsifier), states, strict=True):
+        part.load_state_dict(copy.deepcopy(state))
+
+
+@every_recipe
+@pytest.mark.parametrize("steps", [2, SWITCH, 7])
+def test_a_run_that_goes_back_to_an_earlier_state_repeats_itself(recipe, steps):
+    run = Run(recipe, measure_every=1).train(steps)
+    states = taken(run)
+    expected = taken(run.train(STEPS, steps))
+    give_back(run, states)
+    assert run.sparsifier.phase == (2 if states[2]["masks"] else 1)
+    assert run.sparsifier.events == [SwitchEvent(**event) for event in states[2]["events"]]
+    assert same(taken(run.train(STEPS, steps)), expected)
+
+
+@pytest.mark.parametrize("recipe", [RECIPES["STEP"], RECIPES["STEP for all"]], ids=["masked", "all"])
+def test_a_loop_that_forgets_the_optimizers_state_is_stopped_before_the_first_resumed_step(recipe):
+    weights, moments, state = taken(Run(recipe).train(STEPS))
+    run = Run(recipe)
+    run.model.load_state_dict(weights)
+    run.sparsifier.load_state_dict(state)
+    for _ in range(2):  # not only once
+        with pytest.raises(ResumeError, match="Expected the optimizer to hold the preconditioner of '0"):
+            run.train(1)
+        assert all(torch.equal(weights[name], value) for name, value in run.model.state_dict().items())
+    run.optimizer.load_state_dict(moments)
+    assert run.train(1).sparsifier.t == STEPS + 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error"),
+    [
+        (lambda state: state.update(version=99), ResumeError),
+        (lambda state: state["config"].update(recipe={"type": "Dense"}), ResumeError),
+        (lambda state: state["frozen"].append("lost.weight"), ResumeError),
+        (lambda state: state["open"].update(freeze={}), KeyError),
+        (lambda state: state["events"].append({"step": 3}), TypeError),
+        (lambda state: state.update(t="many"), ValueError),
+    ],
+    ids=["version", "config", "frozen", "open", "events", "t"],
+)
+def test_a_state_that_cannot_be_loaded_changes_nothing(spoil, error):
+    recipe = RECIPES["STEP that waits"]
+    *_, state = taken(Run(recipe).train(STEPS))
+    run = Run(recipe).train(2)
+    before, masks = taken(run), repr(nm_masks(run.model))
+    spoil(state)
+    with pytest.raises(error):
+        run.sparsifier.load_state_dict(state)
+    assert (taken(run)[2], repr(nm_masks(run.model))) == (before[2], masks)
+    expected = taken(Run(recipe).train(STEPS))
+    assert same(taken(run.train(STEPS, 2)), expected)
+
+
+# A switch that has nothing to freeze ----------------------------------------------------------------------------------
+
+
+def blind(run):
+    """A loss that the masked tensors do not reach; their gradients are zeros."""
+    return sum((parameter * (parameter.ndim == 1)).sum() for parameter in run.model.parameters())
+
+
+@pytest.mark.parametrize(("scope", "bias"), [("masked", True), ("all", False)])
+def test_without_any_gradient_the_switch_waits_and_says_so_once(scope, bias):
+    run = Run(STEP(AtStep(2), scope=scope), lambda p: AdamW(p, weight_decay=0.0))
+    for parameter in run.model.parameters() if not bias else ():
+        parameter.requires_grad_(parameter.ndim == 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            blind(run).backward()
+            run.step()
+    (warning,) = caught
+    assert str(warning.message).startswith(
+        "Expected a second moment above zero at the switch, but got zeros in all "
+        f"{2 if scope == 'masked' else 4} tensors to freeze (the first is '0.weight') after optimizer step 2: "
+    )
+    assert "The switch waits" in str(warning.message)
+    assert (run.sparsifier.phase, run.sparsifier.events) == (1, [])
+    for parameter in run.model.parameters():
+        parameter.requires_grad_(True)
+    run.train(6, 4)
+    assert [event.step for event in run.sparsifier.events] == [5]
+
+
+def test_one_tensor_with_a_gradient_is_enough_for_the_switch_and_no_warning():
+    run = Run(STEP(AtStep(2)))
+    run.model[0]._parameters["weight"].requires_grad_(False)
+    run.train(4)
+    assert run.sparsifier.frozen == ["2.weight"]
+    assert run.sparsifier.phase == 2

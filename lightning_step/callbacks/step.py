@@ -19,7 +19,8 @@ from lightning_step.parametrization import apply_nm_masks, nm_masks
 from lightning_step.pattern import NMPattern
 from lightning_step.recipes import STEP, Recipe, describe
 from lightning_step.resume import STATE_VERSION, brief, check_version
-from lightning_step.sparsifier import Sparsifier, SwitchEvent
+from lightning_step.sparsifier import Sparsifier
+from lightning_step.events import SwitchEvent
 from lightning_step.summary import format_targets
 from lightning_step.targets import Targets
 
