@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lightning_step.errors import ArgumentTypeError, TargetError
+from lightning_step.naming import named_modules
 from lightning_step.pattern import NMPattern
 
 __all__ = ["Selection"]
@@ -55,8 +56,9 @@ class Selection:
             >>> Selection.over(nn.Linear(4, 4), ["weight"], [], {}).include
             ('weight',)
         """
-        names = [name for name, _ in model.named_modules() if name]
-        names += [f"{m}.{p}" if m else p for m, module in model.named_modules() for p in module._parameters]
+        modules = list(named_modules(model))
+        names = [name for name, _ in modules if name]
+        names += [f"{m}.{p}" if m else p for m, module in modules for p in module._parameters]
         for argument, globs in (("include", include or ()), ("exclude", exclude), ("overrides", overrides)):
             if isinstance(globs, str):
                 raise ArgumentTypeError(f"Expected `{argument}` to be a list of globs, but got the string {globs!r}.")

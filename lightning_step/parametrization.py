@@ -11,23 +11,24 @@ Note [Shared classes, plain names]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_step.errors import ArgumentTypeError, ConfigurationError
 from lightning_step.functional import apply_mask, magnitude_mask, straight_through
+from lightning_step.masked_classes import masks_of, masks_off, put_mask, take_masks
+from lightning_step.naming import named_modules, submodule
 from lightning_step.pattern import NMPattern
 from lightning_step.targets import Overrides, Target, Targets, find_targets
 
-__all__ = ["Gradient", "NMMask", "apply_nm_masks", "install_masks", "nm_masks", "strip"]
+__all__ = ["Gradient", "NMMask", "apply_nm_masks", "install_masks", "latent_weights", "nm_masks", "strip"]
 
 Gradient = Literal["straight_through", "masked"]
 """``straight_through``: pruned weights get the gradient too and can return; ``masked``: they get none."""
-
-_masked_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
 class NMMask(nn.Module):
@@ -189,7 +190,7 @@ def install_masks(model: nn.Module, targets: Sequence[Target], *, enabled: bool 
     """
     masks: dict[str, NMMask] = {}
     for target in targets:
-        present = [_masks_of(model.get_submodule(name)).get(attribute) for name, attribute in target.owners]
+        present = [masks_of(submodule(model, name)).get(attribute) for name, attribute in target.owners]
         mask = next((m for m in present if m is not None), None) or NMMask(target.pattern, target.dim, enabled=enabled)
         if (mask.final, mask.dim) != (target.pattern, target.dim):
             raise ConfigurationError(
@@ -197,7 +198,7 @@ def install_masks(model: nn.Module, targets: Sequence[Target], *, enabled: bool 
                 f"but got {mask.final} along dim {mask.dim} from an earlier call. Call `strip(model)` first."
             )
         for name, attribute in target.owners:
-            _install(model.get_submodule(name), attribute, mask)
+            put_mask(submodule(model, name), attribute, mask)
         masks[target.name] = mask
     return masks
 
@@ -209,17 +210,41 @@ def nm_masks(model: nn.Module) -> dict[str, NMMask]:
         model: Any module.
 
     Returns:
-        Full tensor name to its mask. A shared tensor appears under each of its names, with one and the same mask.
+        Full tensor name to its mask. A shared tensor or layer appears under each of its names, with one and the same mask.
 
     Example:
         >>> nm_masks(nn.Linear(8, 4))
         {}
     """
     found: dict[str, NMMask] = {}
-    for name, module in model.named_modules():
-        for attribute, mask in _masks_of(module).items():
+    for name, module in named_modules(model):
+        for attribute, mask in masks_of(module).items():
             found[f"{name}.{attribute}" if name else attribute] = mask
     return found
+
+
+@contextmanager
+def latent_weights(model: nn.Module) -> Iterator[None]:
+    """For a while, ``layer.weight`` is the latent ``Parameter``: to initialize, inspect or edit it by name.
+
+    While masks are on, ``layer.weight`` is a temporary, and what is written into it is lost.
+
+    Args:
+        model: A model with masks, or without.
+
+    Yields:
+        Nothing; the masks that were on are on again afterwards.
+
+    Example:
+        >>> layer = nn.Linear(8, 4)
+        >>> _ = apply_nm_masks(layer, NMPattern(2, 4))
+        >>> with latent_weights(layer):
+        ...     _ = nn.init.ones_(layer.weight)
+        >>> layer.weight[0].tolist()
+        [1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+    """
+    with masks_off(nm_masks(model).values()):
+        yield
 
 
 @torch.no_grad()
@@ -243,59 +268,13 @@ def strip(model: nn.Module) -> list[str]:
     """
     hardened: list[str] = []
     done: set[int] = set()  # a shared tensor is zeroed once, under its first name
-    for name, module in model.named_modules():
-        for attribute, mask in _masks_of(module).items():
+    for name, module in named_modules(model):
+        for attribute, mask in masks_of(module).items():
             parameter = module._parameters[attribute]
             if mask.enabled and parameter is not None and id(parameter) not in done:
                 parameter.copy_(apply_mask(parameter, mask.mask(parameter)))
                 done.add(id(parameter))
                 hardened.append(f"{name}.{attribute}" if name else attribute)
-        if _masks_of(module):
-            module.__class__ = _original(module)
-            del module.__dict__["_nm_masks"]
+        if masks_of(module):
+            take_masks(module)
     return hardened
-
-
-def _masks_of(module: nn.Module) -> dict[str, NMMask]:
-    masks: dict[str, NMMask] = module.__dict__.get("_nm_masks", {})
-    return masks
-
-
-def _install(module: nn.Module, attribute: str, mask: NMMask) -> None:
-    masks = _masks_of(module) | {attribute: mask}
-    original = _original(module)
-    # In __dict__, not through setattr: a registered child would show up in named_modules.
-    module.__dict__["_nm_masks"] = masks
-    module.__class__ = _masked_class(original, tuple(sorted(masks)))
-
-
-def _original(module: nn.Module) -> type[nn.Module]:
-    original: type[nn.Module] = getattr(type(module), "_nm_original", type(module))
-    return original
-
-
-def _masked_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
-    key = (original, attributes)
-    if key not in _masked_classes:
-        members: dict[str, Any] = {attribute: _masked_property(attribute) for attribute in attributes}
-        members |= {"_nm_original": original, "__reduce_ex__": _reduce, "__module__": __name__}
-        _masked_classes[key] = type(f"Masked{original.__name__}", (original,), members)
-    return _masked_classes[key]
-
-
-def _masked_property(attribute: str) -> property:
-    def read(self: nn.Module) -> Any:
-        return self._nm_masks[attribute](self._parameters[attribute])  # type: ignore[index, operator]
-
-    return property(read, doc="The masked weight; the latent one is registered under the same name.")
-
-
-def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    # The class is made at run time, so copies and pickles name the type and attributes it is made from.
-    reduced = tuple(object.__reduce_ex__(self, protocol))
-    return (_rebuild, (_original(self), tuple(sorted(_masks_of(self)))), *reduced[2:])
-
-
-def _rebuild(original: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
-    cls = _masked_class(original, attributes)
-    return cls.__new__(cls)

@@ -4,6 +4,7 @@ Note [Group dimension]
     Groups run along the input (reduction) dimension of the product the layer computes, because that is where sparse
     hardware skips work. Linear ``(out, in)``: dim 1. Conv ``(out, in, ...)``: dim 1, the input channels of one output
     channel at one kernel position. Transposed conv ``(in, out, ...)``: dim 0. Hugging Face ``Conv1D`` ``(in, out)``: dim 0.
+    Attention projections and recurrent weights ``(out, in)``: dim 1.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from torch.nn.parameter import is_lazy
 
 from lightning_step.errors import ArgumentTypeError, TargetError
 from lightning_step.globs import Selection
+from lightning_step.masked_classes import original_class
+from lightning_step.naming import named_modules
 from lightning_step.pattern import NMPattern
+from lightning_step.recurrent import is_recurrent_weight
 
 __all__ = ["LeftOut", "Overrides", "Target", "Targets", "find_targets"]
 
@@ -175,7 +179,7 @@ def _why_not_this_tensor(use: _Use, parameter: nn.Parameter, pattern: NMPattern,
 def _uses(model: nn.Module) -> Iterator[list[_Use]]:
     """Every parameter once, with all the layers that share it."""
     by_parameter: dict[int, list[_Use]] = {}
-    for module_name, module in model.named_modules():
+    for module_name, module in named_modules(model):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 by_parameter.setdefault(id(parameter), []).append(_Use(module_name, attribute, module))
@@ -187,6 +191,8 @@ def _group_dim(use: _Use) -> int | None:
     module, attribute = use.module, use.attribute
     if isinstance(module, nn.MultiheadAttention):
         return 1 if attribute in {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"} else None
+    if is_recurrent_weight(module, attribute):
+        return 1
     if attribute != "weight":
         return None
     if _is_transposed(module) or _is_hf_conv1d(module):
@@ -224,8 +230,7 @@ def _why_not_a_product(uses: list[_Use], places: set[int | None]) -> str:
 
 
 def _kind(use: _Use) -> str:
-    cls = type(use.module)
-    return str(getattr(cls, "_nm_original", cls).__name__)
+    return str(original_class(use.module).__name__)
 
 
 def _as_patterns(overrides: Overrides) -> dict[str, NMPattern]:

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from lightning_step.errors import TargetError
 from lightning_step.freezing import FrozenStep
 from lightning_step.masking import MaskSet, parameter_of
+from lightning_step.naming import plain_name
 from lightning_step.optim import SecondMomentAdapter
 from lightning_step.recipes import AtStep, Clock, Recipe, Switch
 from lightning_step.targets import LeftOut, Targets
@@ -87,7 +88,7 @@ def frozen_step(
 
 def _names(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """Every parameter the optimizer holds, by its name in the model (or its place, if it is of another model)."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): plain_name(name) for name, parameter in model.named_parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {names.get(id(p), f"param_groups[{i}]"): p for i, p in enumerate(held)}
 

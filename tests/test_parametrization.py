@@ -147,7 +147,7 @@ def by_torch_save(model):
 def test_copies_have_masks_of_their_own(zoo, copied, fresh_process, monkeypatch):
     _, model, targets, x = zoo
     if fresh_process:  # as far as our classes go: none is made yet
-        monkeypatch.setattr("lightning_step.parametrization._masked_classes", {})
+        monkeypatch.setattr("lightning_step.masked_classes._masked_classes", {})
     twin = copied(model.eval())
     output = model(x)
     assert_same(twin(x), output)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lightning_step.errors import FileFormatError, PatternError
+from lightning_step.errors import ConfigurationError, FileFormatError, PatternError
 from lightning_step.export.manifest import HEADER_KEY, Manifest
 from lightning_step.export.write import INDEX, VALUES
 from lightning_step.functional import Packed, unpack_nm
+from lightning_step.naming import plain_name
 
 __all__ = ["load_sparse", "read_manifest"]
 
@@ -42,6 +45,7 @@ def load_sparse(path: str | os.PathLike[str], model: ModuleT | None = None) -> M
     Raises:
         FileFormatError: If the file is missing, truncated, not ours, newer than this version, or of another model; then
             every missing, unexpected and mis-shaped name is listed and the model is left as it was.
+        ConfigurationError: If the model has no memory for its weights (meta device).
 
     Example:
         >>> import tempfile
@@ -54,8 +58,10 @@ def load_sparse(path: str | os.PathLike[str], model: ModuleT | None = None) -> M
     """
     path = Path(path)
     manifest, stored = _read(path)
+    shapes = _shapes(path, manifest, stored)
+    if model is not None:
+        _check_fits(path, model, shapes)  # before anything is unpacked
     tensors = stored if manifest.format == "dense" else _unpack_all(path, manifest, stored)
-    _check_belongs(path, manifest, tensors)
     tensors |= {alias: tensors[name] for alias, name in manifest.aliases.items()}
     if model is None:
         return tensors
@@ -82,38 +88,42 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """
     path = Path(path)
     _check_readable(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _manifest(path, file.metadata())
-    except SafetensorError as error:
-        raise _damaged(path, error) from error
+    with _opened(path) as file:
+        return _manifest(path, file.metadata())
 
 
 def _read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
+    with _opened(path) as file:
+        manifest = _manifest(path, file.metadata())
+        return manifest, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     _check_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
-            manifest = _manifest(path, file.metadata())
-            return manifest, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise _damaged(path, error) from error
+            yield file
+    except FileFormatError:
+        raise
+    # The others are what torch makes of absurd sizes, which safetensors lets pass.
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise FileFormatError(
+            f"Expected a whole safetensors file, but got {str(path)!r}, which is truncated or damaged ({error}). "
+            "Copy or export it again."
+        ) from error
 
 
 def _check_readable(path: Path) -> None:
     try:
+        if path.is_fifo():  # to open it would wait for a writer
+            raise OSError(errno.EINVAL, "Not a file but a pipe")
         with path.open("rb"):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a null byte
         raise FileFormatError(
-            f"Expected a readable file at `path`, but got {str(path)!r}: {error.strerror or error}."
+            f"Expected a readable file at `path`, but got {str(path)!r}: {getattr(error, 'strerror', None) or error}."
         ) from error
-
-
-def _damaged(path: Path, error: SafetensorError) -> FileFormatError:
-    return FileFormatError(
-        f"Expected a whole safetensors file, but got {str(path)!r}, which is truncated or damaged ({error}). "
-        "Copy or export it again."
-    )
 
 
 def _manifest(path: Path, metadata: Mapping[str, str] | None) -> Manifest:
@@ -129,41 +139,63 @@ def _manifest(path: Path, metadata: Mapping[str, str] | None) -> Manifest:
         raise FileFormatError(f"Expected to read the manifest of {str(path)!r}, but got: {error}") from error
 
 
-def _unpack_all(path: Path, manifest: Manifest, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, entry in manifest.sparse.items():
-        values, index = stored.pop(name + VALUES, None), stored.pop(name + INDEX, None)
-        if values is None or index is None or index.dtype != torch.uint8 or index.dim() != 1:
-            raise FileFormatError(
-                f"Expected {name + VALUES!r} and {name + INDEX!r} (bytes) in {str(path)!r}, as its manifest says, but got "
-                f"{sorted(stored)[:5]}. The file is damaged; export it again."
-            )
-        try:
-            tensors[name] = unpack_nm(Packed(values, index), entry.pattern, entry.shape, entry.dim)
-        except PatternError as error:
-            raise FileFormatError(f"Expected {name!r} in {str(path)!r} to unpack, but got: {error}") from error
-    return tensors | stored
-
-
-def _check_belongs(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-    lost = sorted({*manifest.sparse, *manifest.aliases.values()} - tensors.keys())
-    lost += sorted(name for name, entry in manifest.sparse.items() if name in tensors and tensors[name].shape != entry.shape)
+def _shapes(path: Path, manifest: Manifest, stored: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all dense tensors by all their names; makes sure that file and manifest belong together."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    if manifest.format == "packed":
+        for name, entry in manifest.sparse.items():
+            _check_packed(path, name, stored)
+            del shapes[name + VALUES], shapes[name + INDEX]
+            shapes[name] = entry.shape
+    lost = sorted({*manifest.sparse, *manifest.aliases.values()} - shapes.keys())
+    lost += sorted(name for name, entry in manifest.sparse.items() if name in shapes and shapes[name] != entry.shape)
     if lost:
         raise FileFormatError(
             f"Expected {lost[0]!r} in {str(path)!r} in the shape that its manifest says, but got no such tensor. "
             "The file and its manifest do not belong together; export it again."
         )
+    twice = sorted(manifest.aliases.keys() & shapes.keys())
+    if twice:
+        raise FileFormatError(
+            f"Expected every name in {str(path)!r} once, but got {twice[0]!r} as a tensor and in its manifest as another "
+            "name of one. The file is damaged; export it again."
+        )
+    return shapes | {alias: shapes[name] for alias, name in manifest.aliases.items()}
 
 
-@torch.no_grad()
-def _load_into(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    wanted = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    missing = sorted(wanted.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - wanted.keys())
+def _check_packed(path: Path, name: str, stored: Mapping[str, Tensor]) -> None:
+    index = stored.get(name + INDEX)
+    if name + VALUES not in stored or index is None or index.dtype != torch.uint8 or index.dim() != 1 or name in stored:
+        raise FileFormatError(
+            f"Expected {name + VALUES!r} and {name + INDEX!r} (bytes) for {name!r} in {str(path)!r}, as its manifest says, "
+            f"but got {sorted(stored)[:5]}. The file is damaged; export it again."
+        )
+
+
+def _unpack_all(path: Path, manifest: Manifest, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors = dict(stored)
+    for name, entry in manifest.sparse.items():
+        packed = Packed(tensors.pop(name + VALUES), tensors.pop(name + INDEX))
+        try:
+            tensors[name] = unpack_nm(packed, entry.pattern, entry.shape, entry.dim)
+        except PatternError as error:
+            raise FileFormatError(f"Expected {name!r} in {str(path)!r} to unpack, but got: {error}") from error
+    return tensors
+
+
+def _check_fits(path: Path, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    wanted = _state(model)
+    if any(value.is_meta for value in wanted.values()):
+        raise ConfigurationError(
+            f"Expected a model with memory for its weights, but got {type(model).__name__} on the meta device. "
+            "Call `model.to_empty(device='cpu')` first."
+        )
+    missing = sorted(wanted.keys() - shapes.keys())
+    unexpected = sorted(shapes.keys() - wanted.keys())
     misshaped = [
-        f"{name} {tuple(tensors[name].shape)} in the file, {tuple(wanted[name].shape)} in the model"
-        for name in sorted(wanted.keys() & tensors.keys())
-        if tensors[name].shape != wanted[name].shape
+        f"{name} {shapes[name]} in the file, {tuple(wanted[name].shape)} in the model"
+        for name in sorted(wanted.keys() & shapes.keys())
+        if shapes[name] != tuple(wanted[name].shape)
     ]
     problems = [
         f"{label}: {', '.join(names)}"
@@ -176,5 +208,24 @@ def _load_into(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> N
             + "; ".join(problems)
             + "."
         )
+
+
+@torch.no_grad()
+def _load_into(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    wanted, ready = _state(model), {}
+    for name, value in wanted.items():  # all are converted before the first is copied
+        try:
+            if not torch.can_cast(tensors[name].dtype, value.dtype):
+                raise TypeError("it would lose what it means")
+            ready[name] = tensors[name].to(value.dtype)
+        except (RuntimeError, TypeError) as error:
+            raise FileFormatError(
+                f"Expected {name!r} in {str(path)!r} to become {value.dtype}, as in {type(model).__name__}, but got "
+                f"{tensors[name].dtype} ({error}). Load the file without a model and convert it yourself."
+            ) from error
     for name, value in wanted.items():  # state_dict shares storage with the model
-        value.copy_(tensors[name])
+        value.copy_(ready[name])
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {plain_name(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}

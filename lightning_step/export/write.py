@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_step.errors import ConfigurationError, ViolationError
+from lightning_step.errors import ConfigurationError, ExportError, ViolationError
 from lightning_step.export.files import atomic_write, check_writable
 from lightning_step.export.manifest import HEADER_KEY, Format, Manifest, SparseTensor
 from lightning_step.functional import apply_mask, find_violation, pack_nm
+from lightning_step.naming import plain_name
 from lightning_step.parametrization import NMMask, nm_masks
 from lightning_step.targets import Targets
 
@@ -89,8 +91,10 @@ def export_model(
     Raises:
         ConfigurationError: If no mask is on, the path cannot be written, the format is unknown, or a tensor that should
             hold a pattern is not in the model's state dict.
+        PatternError: If the pattern is one that nobody packs; see `pack_nm`.
         ArgumentTypeError: If ``info`` holds other than plain values.
         ViolationError: If a tensor does not hold its pattern.
+        ExportError: If writing fails midway, for instance on a full disk. The old file is left as it was.
 
     Example:
         >>> import tempfile
@@ -112,9 +116,23 @@ def export_model(
     manifest = Manifest(format, sparse, aliases, dict(info or {}))
     if format == "packed":
         tensors = _packed(tensors, sparse)
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", HEADER_KEY: manifest.to_json()})
-    return Exported(path, manifest, path.stat().st_size)
+    return Exported(path, manifest, _write(path, tensors, {"format": "pt", HEADER_KEY: manifest.to_json()}))
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
+    if "__metadata__" in tensors:  # that key of the header is taken, and nobody could read the file
+        raise ConfigurationError("Expected no tensor named '__metadata__', but got one. Rename it.")
+    try:
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata)
+        return path.stat().st_size
+    except (OSError, SafetensorError) as error:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        raise ExportError(
+            f"Expected to write {size:,} bytes to {str(path)!r}, but got: {error}. What was there before is untouched, and "
+            "the model is still in memory (after a Trainer, as `trainer.lightning_module`). Make room, or choose another "
+            "path, and write it with `export_model(model, path)`."
+        ) from error
 
 
 def _masks_to_apply(model: nn.Module, one_shot: bool) -> dict[str, NMMask]:
@@ -133,7 +151,8 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     first: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    for key, value in model.state_dict(keep_vars=True).items():
+        name = plain_name(key)
         if not isinstance(value, Tensor):
             continue  # extra state of some module: no weight, and safetensors holds tensors only
         if id(value) in first:

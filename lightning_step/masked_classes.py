@@ -1,0 +1,176 @@
+"""The classes that masked modules get in place of their own.
+
+Note [What a masked class adds]
+    A property per masked tensor, whose value is the masked weight while the ``Parameter`` stays registered under the same
+    name; recurrent layers some more (see `lightning_step.recurrent`). The class is made at run time, one per original
+    class and set of tensors, so copies and pickles name the type and the tensors that it is made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, Protocol
+
+from torch import Tensor, nn
+
+from lightning_step.errors import ConfigurationError
+from lightning_step.recurrent import recurrent_members
+
+__all__ = ["masks_of", "masks_off", "original_class", "put_mask", "take_masks"]
+
+
+class _Mask(Protocol):
+    """What a masked class needs of a mask."""
+
+    enabled: bool
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The masked weight."""
+
+
+_masked_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def masks_of(module: nn.Module) -> dict[str, Any]:
+    """The masks of one module, its children not counted.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Attribute to its mask.
+
+    Example:
+        >>> masks_of(nn.Linear(8, 4))
+        {}
+    """
+    masks: dict[str, Any] = module.__dict__.get("_nm_masks", {})
+    return masks
+
+
+def put_mask(module: nn.Module, attribute: str, mask: _Mask) -> None:
+    """Make a module show one of its parameters masked, in place.
+
+    Args:
+        module: The module.
+        attribute: Name of its parameter.
+        mask: The mask.
+
+    Example:
+        >>> from lightning_step import NMMask, NMPattern
+        >>> layer = nn.Linear(4, 1)
+        >>> put_mask(layer, "weight", NMMask(NMPattern(2, 4)))
+        >>> type(layer).__name__, int(layer.weight.count_nonzero())
+        ('MaskedLinear', 2)
+    """
+    masks = masks_of(module) | {attribute: mask}
+    original = original_class(module)
+    # In __dict__, not through setattr: a registered child would show up in named_modules.
+    module.__dict__["_nm_masks"] = masks
+    module.__class__ = _masked_class(original, tuple(sorted(masks)))
+
+
+def take_masks(module: nn.Module) -> None:
+    """Give a module back its own class; its parameters stay as they are.
+
+    Args:
+        module: A module with masks.
+
+    Example:
+        >>> from lightning_step import NMMask, NMPattern
+        >>> layer = nn.Linear(4, 1)
+        >>> put_mask(layer, "weight", NMMask(NMPattern(2, 4)))
+        >>> take_masks(layer)
+        >>> type(layer).__name__, int(layer.weight.count_nonzero())
+        ('Linear', 4)
+    """
+    module.__class__ = original_class(module)
+    del module.__dict__["_nm_masks"]
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class a module has without masks.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Its class.
+
+    Example:
+        >>> original_class(nn.Linear(8, 4)).__name__
+        'Linear'
+    """
+    original: type[nn.Module] = getattr(type(module), "_nm_original", type(module))
+    return original
+
+
+@contextmanager
+def masks_off(masks: Iterable[_Mask]) -> Iterator[None]:
+    """Switch masks off for a while.
+
+    Args:
+        masks: The masks. Those that are off stay off.
+
+    Yields:
+        Nothing; the masks are on again afterwards.
+
+    Example:
+        >>> from lightning_step import NMMask, NMPattern
+        >>> with masks_off([mask := NMMask(NMPattern(2, 4))]):
+        ...     print(mask.enabled)
+        False
+    """
+    on = [mask for mask in masks if mask.enabled]
+    for mask in on:
+        mask.enabled = False
+    try:
+        yield
+    finally:
+        for mask in on:
+            mask.enabled = True
+
+
+def _masked_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
+    key = (original, attributes)
+    if key not in _masked_classes:
+        members: dict[str, Any] = {attribute: _masked_property(attribute) for attribute in attributes}
+        members |= {"_nm_original": original, "__reduce_ex__": _reduce, "__delattr__": _delete, "__module__": __name__}
+        members |= recurrent_members(original, lambda module: masks_off(masks_of(module).values()))
+        _masked_classes[key] = type(f"Masked{original.__name__}", (original,), members)
+    return _masked_classes[key]
+
+
+def _masked_property(attribute: str) -> property:
+    def read(self: nn.Module) -> Any:
+        return self._nm_masks[attribute](self._parameters[attribute])  # type: ignore[index, operator]
+
+    def refuse(self: nn.Module, value: Any) -> NoReturn:  # a Parameter never comes here: nn.Module registers it
+        raise _taken_away(self, attribute)
+
+    return property(read, refuse, doc="The masked weight; the latent one is registered under the same name.")
+
+
+def _delete(self: nn.Module, name: str) -> None:
+    if name in masks_of(self):
+        raise _taken_away(self, name)
+    original_class(self).__delattr__(self, name)
+
+
+def _taken_away(module: nn.Module, attribute: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"Expected the masked {attribute!r} of a {original_class(module).__name__} to stay its parameter, but got a call "
+        "that puts another tensor in its place, as weight_norm, spectral_norm, torch.nn.utils.prune and parametrizations "
+        f"do. Call `strip(model)` first, or leave {attribute!r} out of the masks with `exclude`."
+    )
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    reduced = tuple(object.__reduce_ex__(self, protocol))
+    return (_rebuild, (original_class(self), tuple(sorted(masks_of(self)))), *reduced[2:])
+
+
+def _rebuild(original: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
+    cls = _masked_class(original, attributes)
+    return cls.__new__(cls)
