@@ -10,6 +10,7 @@
     ├── OptimizerError      (TypeError)     an optimizer whose second moment nobody told us how to read
     ├── ResumeError         (RuntimeError)  a checkpoint of another configuration
     ├── ViolationError      (ValueError)    a tensor that does not hold its n:m pattern
+    ├── ExportError         (OSError)       a file that could not be written
     └── FileFormatError     (ValueError)    a file that cannot be read back
 
 Each is also the built-in error a caller would expect, so ``except ValueError`` keeps working.
@@ -18,6 +19,7 @@ Each is also the built-in error a caller would expect, so ``except ValueError`` 
 __all__ = [
     "ArgumentTypeError",
     "ConfigurationError",
+    "ExportError",
     "FileFormatError",
     "LightningStepError",
     "OptimizerError",
@@ -114,6 +116,16 @@ class ViolationError(LightningStepError, ValueError):
         >>> pack_nm(torch.ones(1, 4), NMPattern(2, 4))
         Traceback (most recent call last):
         lightning_step.errors.ViolationError: Expected at most 2 non-zero weights in every group of 4 ...
+    """
+
+
+class ExportError(LightningStepError, OSError):
+    """A file that could not be written, for instance on a full disk; neither the old file nor the model was touched.
+
+    Example:
+        >>> raise ExportError("Expected to write 'model.safetensors', but got: No space left on device.")
+        Traceback (most recent call last):
+        lightning_step.errors.ExportError: Expected to write 'model.safetensors', but got: No space left on device.
     """
 
 

@@ -17,6 +17,7 @@ TREE = {
     "OptimizerError": TypeError,
     "ResumeError": RuntimeError,
     "ViolationError": ValueError,
+    "ExportError": OSError,
     "FileFormatError": ValueError,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -15,6 +16,7 @@ __all__ = ["HEADER_KEY", "MANIFEST_VERSION", "Format", "Manifest", "SparseTensor
 
 HEADER_KEY = "lightning_step"
 MANIFEST_VERSION = 1
+_MAX_DIMS, _MAX_ELEMENTS = 64, 2**63 - 1  # what any tensor library can address
 
 Format = Literal["dense", "packed"]
 """``dense``: plain keys and exact zeros, read by every safetensors loader; ``packed``: half the bytes at 2:4."""
@@ -95,7 +97,7 @@ class Manifest:
             FileFormatError: If it is newer than this version, or damaged.
         """
         try:
-            body = json.loads(text)
+            body = _object(json.loads(text, object_pairs_hook=_unique))
             found = body["version"]
             if isinstance(found, bool) or not isinstance(found, int) or found < 1:
                 raise ValueError(f"version must be a whole number from 1 on: {found!r}")
@@ -104,23 +106,50 @@ class Manifest:
                     f"Expected a manifest of version {MANIFEST_VERSION} or older, but got version {found!r}. "
                     "Update lightning-step to read this file."
                 )
-            sparse = {str(name): _tensor(entry) for name, entry in body["sparse"].items()}
+            sparse = {str(name): _tensor(entry) for name, entry in _object(body["sparse"]).items()}
             if body["format"] not in ("dense", "packed"):
                 raise ValueError(f"unknown format {body['format']!r}")
-            aliases = dict(body["aliases"])
-            if not all(isinstance(name, str) for name in aliases.values()):
-                raise ValueError(f"aliases must be names: {aliases}")
-            return cls(body["format"], sparse, aliases, dict(body["info"]))
+            return cls(body["format"], sparse, _aliases(body["aliases"]), _object(body["info"]))
         except FileFormatError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, LightningStepError) as error:
             raise FileFormatError(
-                f"Expected a manifest written by lightning-step, but got a damaged one ({error!r}). Export the model again."
+                f"Expected a manifest written by lightning-step, but got a damaged one ({_brief(error)}). "
+                "Export the model again."
             ) from error
 
 
-def _tensor(entry: Mapping[str, Any]) -> SparseTensor:
-    shape = tuple(entry["shape"])
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    body = dict(pairs)
+    if len(body) < len(pairs):  # readers would differ in which one counts
+        raise ValueError("a key occurs twice")
+    return body
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"not an object: {value!r}")
+    return value
+
+
+def _brief(error: Exception) -> str:
+    text = repr(error)
+    return text if len(text) <= 300 else f"{text[:300]}..."  # a stranger's file may hold megabytes
+
+
+def _aliases(value: Any) -> dict[str, str]:
+    aliases = _object(value)
+    for name in aliases.values():
+        if not isinstance(name, str):
+            raise TypeError(f"aliases must be names: {name!r}")
+        if name in aliases:
+            raise ValueError(f"an alias of an alias: {name!r}")
+    return aliases
+
+
+def _tensor(value: Any) -> SparseTensor:
+    entry = _object(value)
+    shape = tuple(entry["shape"]) if isinstance(entry["shape"], list) else (None,)
     sizes = (entry["n"], entry["m"], entry["dim"], *shape)
     if not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
         raise ValueError(f"n, m, dim and shape must be integers: {sizes}")
@@ -129,4 +158,7 @@ def _tensor(entry: Mapping[str, Any]) -> SparseTensor:
     pattern = NMPattern(entry["n"], entry["m"])  # refuses what is no pattern
     if shape[entry["dim"]] % pattern.m:
         raise ValueError(f"m does not divide shape {shape} along dim {entry['dim']}: {pattern}")
+    # A size of 0 does not make room for absurd other ones.
+    if len(shape) > _MAX_DIMS or max(pattern.m, math.prod(max(size, 1) for size in shape)) > _MAX_ELEMENTS:
+        raise ValueError(f"no tensor has so many dimensions or elements: {shape}")
     return SparseTensor(entry["n"], entry["m"], entry["dim"], shape)

@@ -4,7 +4,7 @@ Note [Mask rank]
     The kept places :math:`c_1 < c_2 < \dots < c_n` of a group are numbered by the combinatorial number system,
     :math:`r = \sum_j \binom{c_j}{j}`, which is a bijection onto :math:`0 \dots \binom{m}{n}-1`. It takes
     :math:`\lceil\log_2\binom{m}{n}\rceil` bits. Where that is more than 62, so that ranks would not fit a signed 64-bit
-    integer, the ``m`` bits of the mask itself are stored (from m = 66 on).
+    integer, the ``m`` bits of the mask itself are stored; 30:66 to 36:66 are the first such patterns.
     Groups follow one another without padding; within a field and within a byte the low bit comes first.
     ``docs/packed-format.md`` states the layout byte by byte.
 """
@@ -25,6 +25,8 @@ from lightning_step.pattern import NMPattern
 __all__ = ["Packed", "index_bytes", "index_width", "pack_nm", "unpack_nm"]
 
 _MAX_RANK_BITS = 62
+# What bounds time and memory of reading a file from a stranger: it unpacks to at most so many times its size.
+_MAX_GROUP, _MAX_GROWTH = 65_536, 1024
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def index_width(pattern: NMPattern) -> int:
         >>> index_width(NMPattern(2, 4)), index_width(NMPattern(50, 100))
         (3, 100)
     """
-    return pattern.index_bits if pattern.index_bits <= _MAX_RANK_BITS else pattern.m
+    return pattern.m if _is_wide(pattern) else pattern.index_bits
 
 
 def index_bytes(pattern: NMPattern, groups: int) -> int:
@@ -85,7 +87,7 @@ def pack_nm(weight: Tensor, pattern: NMPattern, dim: int = -1) -> Packed:
         Values and index. A zero that is not among the kept places is stored as plus zero, whatever its sign was.
 
     Raises:
-        PatternError: If ``m`` does not divide ``weight.shape[dim]``.
+        PatternError: If ``m`` does not divide ``weight.shape[dim]``, is above 65,536 or above ``1024 * n``.
         ViolationError: If a group has more than ``n`` non-zeros.
 
     Example:
@@ -95,6 +97,7 @@ def pack_nm(weight: Tensor, pattern: NMPattern, dim: int = -1) -> Packed:
         >>> unpack_nm(packed, NMPattern(2, 4), (1, 4))
         tensor([[0., 5., 0., 7.]])
     """
+    _check_packable(pattern)
     weight = weight.detach()
     bad = find_violation(weight, pattern, dim)
     if bad is not None:
@@ -121,12 +124,14 @@ def unpack_nm(packed: Packed, pattern: NMPattern, shape: tuple[int, ...], dim: i
         The dense tensor, plus zero where nothing was kept.
 
     Raises:
-        PatternError: If the sizes of values or index do not fit the shape, or the index names a mask that does not exist.
+        PatternError: If the sizes of values or index do not fit the shape, the index names a mask that does not exist, or
+            nobody packs such a pattern. Sizes are compared before anything is allocated.
 
     Example:
         >>> unpack_nm(Packed(torch.tensor([[1., 2.]]), torch.tensor([5], dtype=torch.uint8)), NMPattern(2, 4), (4,))
         tensor([0., 0., 1., 2.])
     """
+    _check_packable(pattern)
     groups = math.prod(shape) // pattern.m
     if shape[dim] % pattern.m or packed.values.shape != (groups, pattern.n):
         raise PatternError(
@@ -138,12 +143,28 @@ def unpack_nm(packed: Packed, pattern: NMPattern, shape: tuple[int, ...], dim: i
             f"Expected {index_bytes(pattern, groups)} bytes of index for {groups} groups of {pattern}, "
             f"but got {packed.index.numel()}. The file and its manifest do not belong together."
         )
+    if not groups:
+        return packed.values.new_zeros(shape)
     fields = _from_bytes(packed.index, groups, index_width(pattern))
     values = _as_integers(packed.values)
     rows = values.new_zeros(groups, pattern.m).scatter_(1, _places(fields, pattern), values)
     moved = list(shape)
     moved.append(moved.pop(dim))
     return rows.reshape(moved).movedim(-1, dim).contiguous().view(packed.values.dtype)
+
+
+def _check_packable(pattern: NMPattern) -> None:
+    if pattern.m > min(_MAX_GROUP, _MAX_GROWTH * pattern.n):
+        raise PatternError(
+            f"Expected m <= {_MAX_GROUP} and m <= {_MAX_GROWTH} * n in a packed tensor, but got {pattern}. "
+            "Store it dense, with its zeros."
+        )
+
+
+def _is_wide(pattern: NMPattern) -> bool:
+    """Whether masks are stored themselves, because ranks would not fit."""
+    # C(66, 33) has 63 bits; to count the masks of a far larger group would take minutes.
+    return min(pattern.n, pattern.m - pattern.n) > 32 or pattern.index_bits > _MAX_RANK_BITS
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
@@ -163,15 +184,15 @@ def _kept_places(rows: Tensor, pattern: NMPattern) -> Tensor:
 def _fields(places: Tensor, pattern: NMPattern) -> Tensor:
     """One row of bits per group, low bit first: (groups, width), uint8."""
     width = index_width(pattern)
-    if pattern.index_bits > _MAX_RANK_BITS:
+    if _is_wide(pattern):
         return places.new_zeros(places.shape[0], pattern.m, dtype=torch.uint8).scatter_(1, places, 1)
     table = _binomials(pattern, places.device)
-    ranks = sum((table[j][places[:, j]] for j in range(pattern.n)), torch.zeros_like(places[:, 0]))
+    ranks = sum((table[j][places[:, j] - j] for j in range(pattern.n)), torch.zeros_like(places[:, 0]))
     return ((ranks[:, None] >> torch.arange(width, device=places.device)) & 1).to(torch.uint8)
 
 
 def _places(fields: Tensor, pattern: NMPattern) -> Tensor:
-    if pattern.index_bits > _MAX_RANK_BITS:
+    if _is_wide(pattern):
         if bool((fields.sum(1) != pattern.n).any()):
             raise PatternError(f"Expected {pattern.n} set bits in every mask, but got another number. The index is damaged.")
         return fields.nonzero()[:, 1].reshape(-1, pattern.n)
@@ -183,15 +204,15 @@ def _places(fields: Tensor, pattern: NMPattern) -> Tensor:
     table = _binomials(pattern, fields.device)
     places = torch.empty(len(ranks), pattern.n, dtype=torch.long, device=fields.device)
     for j in reversed(range(pattern.n)):  # the largest c with C(c, j+1) <= r is the place of the j-th kept weight
-        places[:, j] = torch.searchsorted(table[j], ranks, right=True) - 1
-        ranks = ranks - table[j][places[:, j]]
+        above = torch.searchsorted(table[j], ranks, right=True) - 1
+        places[:, j] = above + j
+        ranks = ranks - table[j][above]
     return places
 
 
 def _binomials(pattern: NMPattern, device: torch.device) -> Tensor:
-    """Row j holds C(c, j+1), at most C(m, n), for c = 0 .. m-1: (n, m), int64."""
-    # No rank reaches `choices`, so larger entries, which may not fit 64 bits, are never chosen.
-    rows = [[min(math.comb(c, j + 1), pattern.choices) for c in range(pattern.m)] for j in range(pattern.n)]
+    """Row j holds C(j+i, j+1) for i = 0 .. m-n: the j-th kept weight is at one of the places j+i. (n, m-n+1), int64."""
+    rows = [[math.comb(j + i, j + 1) for i in range(pattern.m - pattern.n + 1)] for j in range(pattern.n)]
     return torch.tensor(rows, dtype=torch.long, device=device)
 
 
