@@ -98,7 +98,7 @@ def test_reading_seldom_delays_the_decision_to_the_next_reading(read_every, step
 
 
 @pytest.mark.parametrize(
-    "switch", [AutoSwitch(window=4, threshold=2e-4, t_min=6, t_max=30), Staleness(threshold=1.1, t_max=30)]
+    "switch", [AutoSwitch(window=4, threshold=2e-4, t_min=6, t_max=30), Staleness(threshold=0.5, t_max=30)]
 )
 def test_decisions_do_not_depend_on_when_samples_are_read(switch):
     outcomes = []
@@ -143,7 +143,7 @@ def test_the_board_forgets_what_has_begun():
     assert [(roles, decision.step) for roles, decision in board.decide(2)] == [({"masks"}, 2)]
     board.close({"masks"})
     assert [t for t in range(8) if board.due(t)] == [0, 4, 5, 6, 7]
-    assert board.state_dict() == {"freeze": {"samples": []}}
+    assert board.state_dict() == {"freeze": {"samples": [], "taken": 0}}
     restored = SwitchBoard({"masks": AtStep(2), "freeze": AtStep(5)}, Clock(), None, read_every=4)
     restored.load_state_dict(board.state_dict())
     assert list(restored.decide(4)) == []

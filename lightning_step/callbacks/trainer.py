@@ -3,28 +3,96 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-__all__ = ["builds_late", "callbacks_of", "log_interval", "total_steps"]
+from lightning_step.errors import ArgumentTypeError, ConfigurationError
+
+__all__ = ["builds_late", "callbacks_of", "check_total_steps", "log_interval", "steps_logged", "total_steps"]
 
 
-def total_steps(trainer: pl.Trainer) -> int | None:
-    """Optimizer steps of the whole run.
+def check_total_steps(given: int | Sequence[int] | None) -> None:
+    """Refuse numbers of steps that are none.
+
+    Args:
+        given: Optimizer steps of every optimizer, one number for all or one for each; None: not said.
+
+    Raises:
+        ArgumentTypeError: If there is something else than whole numbers.
+        ConfigurationError: If one is below 1.
+
+    Example:
+        >>> check_total_steps([100, 500])
+    """
+    each = [given] if given is None or isinstance(given, (int, str)) or not isinstance(given, Sequence) else list(given)
+    for steps in each:
+        if given is not None and (isinstance(steps, bool) or not isinstance(steps, int)):
+            raise ArgumentTypeError(
+                "Expected `total_steps` to be an integer, or a list of one for each optimizer (optimizer steps of the whole "
+                f"run), but got {given!r}."
+            )
+        if steps is not None and steps < 1:
+            raise ConfigurationError(f"Expected `total_steps` >= 1 (optimizer steps of the whole run), but got {given!r}.")
+
+
+def total_steps(trainer: pl.Trainer, index: int = 0, given: int | Sequence[int] | None = None) -> int | None:
+    """Optimizer steps that one optimizer takes in the whole run.
+
+    Under manual optimization Lightning adds up the steps of all optimizers, and how many a batch brings is up to the user:
+    only where a single optimizer runs until ``max_steps`` is the number known.
 
     Args:
         trainer: A trainer that is about to fit.
+        index: Which of its optimizers.
+        given: What the user says: one number for every optimizer, or a list of one for each; None: nothing.
 
     Returns:
-        How many; None for a run without an end.
+        How many; None where nobody knows.
+
+    Raises:
+        ConfigurationError: If the list is not as long as the trainer's.
 
     Example:
-        >>> total_steps(pl.Trainer(max_steps=100, max_epochs=-1, logger=False, accelerator="cpu"))
-        100
+        >>> trainer = pl.Trainer(max_steps=100, max_epochs=-1, logger=False, accelerator="cpu")
+        >>> total_steps(trainer), total_steps(trainer, 1, [100, 20])
+        (100, 20)
     """
+    if isinstance(given, int):
+        return given
+    if given is not None:
+        if trainer.optimizers and len(given) != len(trainer.optimizers):
+            raise ConfigurationError(
+                f"Expected `total_steps` with one entry for each of the {len(trainer.optimizers)} optimizers that "
+                f"configure_optimizers returns, but got {list(given)}."
+            )
+        return given[index]
+    module = trainer.lightning_module
+    if module is not None and not module.automatic_optimization:
+        alone = len(trainer.optimizers) == 1 and trainer.max_epochs == -1 and trainer.max_steps >= 0
+        return trainer.max_steps if alone else None
     steps = trainer.estimated_stepping_batches
     return int(steps) if math.isfinite(steps) and steps >= 0 else None
+
+
+def steps_logged(trainer: pl.Trainer) -> int:
+    """What Lightning writes on the x-axis after a batch: with several optimizers a batch is one step, not one for each.
+
+    Args:
+        trainer: The trainer.
+
+    Returns:
+        Steps after this batch.
+
+    Example:
+        >>> steps_logged(pl.Trainer(logger=False, accelerator="cpu"))
+        0
+    """
+    module = trainer.lightning_module
+    if module is None or module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.epoch_loop._batches_that_stepped + 1
 
 
 def log_interval(trainer: pl.Trainer) -> int:

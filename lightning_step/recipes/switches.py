@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 from lightning_step.errors import ArgumentTypeError, ConfigurationError
 from lightning_step.functional import window_length, window_mean
@@ -171,7 +171,10 @@ class RelativeNorm(Switch):
 class Staleness(Switch):
     r"""Switch when the norm of v is close to what it was one window ago. For comparison.
 
-    .. math:: \lVert v_t\rVert_1 \,/\, \lVert v_{t-T_w}\rVert_1 \ge \tau
+    .. math:: \lVert \hat v_t\rVert_1 \,/\, \lVert \hat v_{t-T_w}\rVert_1 \ge \tau, \qquad
+        \hat v_t = v_t / (1-\beta_2^t)
+
+    With the bias of v corrected: the raw v grows from zero, so that its ratio is far above 1 as soon as the window is full.
 
     Args:
         threshold: :math:`\tau`.
@@ -207,6 +210,10 @@ class Staleness(Switch):
     def start(self, clock: Clock) -> Watcher:
         """See `Switch.start`."""
         length = window_length(clock.need_beta2()) if self.window is None else self.window
+        beta2 = clock.beta2 or 0.0  # no second moment, no bias
+
+        def correct(norm: float, t: int) -> float:
+            return float(norm / (1 - beta2**t))
 
         def rule(samples: Sequence[float]) -> Reading:
             known = len(samples) > length and samples[-1 - length] > 0
@@ -214,7 +221,7 @@ class Staleness(Switch):
             fired = ratio is not None and ratio >= self.threshold
             return Reading(fired, ratio, self.threshold, "norm ratio above threshold", f"T_w = {length}")
 
-        return Watcher("l1", length + 1, rule, **_limits(self.t_min, self.t_max, clock))
+        return Watcher("l1", length + 1, rule, **_limits(self.t_min, self.t_max, clock), correct=correct)
 
 
 def _never(samples: Sequence[float]) -> Reading:
@@ -248,12 +255,19 @@ def _resolve(name: str, value: int | float, clock: Clock) -> int:
     if clock.total_steps is None:
         raise ConfigurationError(
             f"Expected a known number of optimizer steps, because {name}={value} is a fraction of it, but got an unlimited "
-            f"run (max_steps=-1). Set max_steps or max_epochs, or give {name} as a whole number of optimizer steps."
+            "run (max_steps=-1), or one under manual optimization, which counts the steps of all optimizers together. Set "
+            "max_steps or max_epochs; under manual optimization and in a plain loop pass `total_steps`, the steps that the "
+            f"optimizer of the masked tensors takes; or give {name} as a whole number of optimizer steps."
         )
     return round(value * clock.total_steps)
 
 
-def _limits(t_min: int | float, t_max: int | float, clock: Clock) -> dict[str, int]:
+class _Limits(TypedDict):
+    t_min: int
+    t_max: int
+
+
+def _limits(t_min: int | float, t_max: int | float, clock: Clock) -> _Limits:
     low, high = _resolve("t_min", t_min, clock), _resolve("t_max", t_max, clock)
     if low > high:
         raise ConfigurationError(

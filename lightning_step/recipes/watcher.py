@@ -98,6 +98,7 @@ class Watcher:
         rule: The criterion over these samples.
         t_min: Never before this optimizer step.
         t_max: At this optimizer step at the latest.
+        correct: Makes of the value of the k-th sample, the first is 1, what the criterion is about.
 
     Example:
         >>> watcher = Watcher(None, 0, lambda samples: Reading(False, None, None, "", ""), t_min=3, t_max=3)
@@ -113,13 +114,16 @@ class Watcher:
         *,
         t_min: int,
         t_max: int,
+        correct: Callable[[float, int], float] | None = None,
     ) -> None:
         self.statistic = statistic
         self.keep = keep
         self.t_min = t_min
         self.t_max = t_max
         self._rule = rule
+        self._correct = correct
         self._samples: list[float] = []
+        self._taken = 0  # samples so far, those no longer kept included
 
     def observe(self, value: float) -> None:
         """Add the sample of one optimizer step.
@@ -127,7 +131,8 @@ class Watcher:
         Args:
             value: The statistic's value.
         """
-        self._samples.append(value)
+        self._taken += 1
+        self._samples.append(value if self._correct is None else self._correct(value, self._taken))
         del self._samples[: -self.keep or None]
 
     def decide(self, t: int) -> Decision | None:
@@ -167,12 +172,12 @@ class Watcher:
         return {name: value for name, value in values.items() if value is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """The samples, as plain numbers.
+        """The samples and how many there have been, as plain numbers.
 
         Returns:
             What `load_state_dict` takes.
         """
-        return {"samples": list(self._samples)}
+        return {"samples": list(self._samples), "taken": self._taken}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the samples.
@@ -181,6 +186,7 @@ class Watcher:
             state: From `state_dict`.
         """
         self._samples = [float(value) for value in state["samples"]]
+        self._taken = int(state.get("taken", len(self._samples)))
 
     def _numbers(self, reading: Reading) -> str:
         limits = f"T_min = {self.t_min}, T_max = {self.t_max}"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, RMSprop
+from torch.optim import ASGD, LBFGS, SGD, Adagrad, Adam, AdamW, RMSprop
 
 from lightning_step import ASP, SRSTE, STE, STEP, AtStep, AutoSwitch, Dense, Sparsifier, nm_masks, strip
 from lightning_step.errors import ArgumentTypeError, ConfigurationError, OptimizerError
@@ -118,7 +118,7 @@ OPTIMIZERS = {
     "SGD": lambda p: SGD(p, lr=0.05),
     "Adagrad": lambda p: Adagrad(p, lr=0.05),
     "RMSprop": lambda p: RMSprop(p, lr=0.01, momentum=0.5),
-    "NAdam": lambda p: NAdam(p, lr=0.01),
+    "ASGD": lambda p: ASGD(p, lr=0.05),
     "LBFGS": lambda p: LBFGS(p, lr=0.1, max_iter=2),
 }
 

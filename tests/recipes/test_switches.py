@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from torch.optim import Adam, AdamW
+from torch.optim import Adam, AdamW, NAdam, RAdam
 
 from lightning_step import STEP, AtStep, AutoSwitch, RelativeNorm, Sparsifier, Staleness
 from lightning_step.errors import ArgumentTypeError, ConfigurationError
@@ -66,6 +66,12 @@ def staleness(v, t, window):
     return v[t].sum().item() / v[t - window].sum().item() if t > window else None
 
 
+def corrected(v, make_adam, net):
+    """v without its bias, which the group with the longest memory sets: a weighted mean over the steps so far."""
+    beta2 = max(group["betas"][1] for group in make_adam(net()).param_groups)
+    return [v[0], *(v[t] / ((1 - beta2) * sum(beta2**i for i in range(t))) for t in range(1, len(v)))]
+
+
 CRITERIA = {  # the criterion by brute force, whether it fires below or above, and the switch
     "arithmetic": (arithmetic, 1, lambda x, w, lo, hi: AutoSwitch("arithmetic", w, x, lo, hi), "window mean below"),
     "geometric": (geometric, 1, lambda x, w, lo, hi: AutoSwitch("geometric", w, x, lo, hi), "window mean below"),
@@ -86,6 +92,7 @@ def thresholds(values):
 def test_it_fires_where_brute_force_says(net, train, copies, criterion, make_adam, read_every, t_min, window):
     brute_force, sign, make_switch, rule = CRITERIA[criterion]
     v, t_max = copies(make_adam), STEPS - 1
+    v = corrected(v, make_adam, net) if criterion == "staleness" else v
     values = [brute_force(v, t, window) for t in range(1, STEPS)]
     for threshold in thresholds(values):
         met = [t for t, x in enumerate(values, 1) if x is not None and sign * x < sign * threshold]
@@ -133,6 +140,22 @@ def test_the_gauges_are_the_newest_sample_and_the_window_mean(net, train, make_a
         expected = {"variance_change": arithmetic(v, t, 1), "window_mean": arithmetic(v, t, 4), "threshold": 1e-30}
         known = {name: value for name, value in expected.items() if value is not None}
         assert sparsifier.gauges() == pytest.approx({"phase": float(sparsifier.phase), **known}, rel=1e-5)
+
+
+@pytest.mark.parametrize("make_adam", [Adam, AdamW, NAdam, RAdam])
+@pytest.mark.parametrize(("window", "beta2"), [(5, 0.999), (20, 0.99)])
+def test_staleness_does_not_take_the_warm_up_of_v_for_its_rest(net, train, make_adam, window, beta2):
+    """Gradients that shrink by a tenth a step: the corrected v falls all the while, but the raw one first rises."""
+    model = net()
+    stock = make_adam(model.parameters(), lr=1e-9, betas=(0.9, beta2))
+    sparsifier = Sparsifier(model, stock, recipe=STEP(Staleness(window=window, t_max=60)), read_every=1)
+    raw = []
+    for t in range(60):
+        train(model, stock, t + 1, t, lambda t: 0.9**t)
+        raw.append(masked_second_moments(model, stock).sum().item())
+    assert raw[window] / raw[0] > 0.96, "uncorrected it would fire as soon as its window is full"
+    (event,) = sparsifier.events
+    assert (event.step, event.rule) == (60, "t_max reached")
 
 
 # Defaults and limits ------------------------------------------------------------------------------------------------
@@ -186,8 +209,9 @@ def test_whole_numbers_are_steps_and_floats_are_fractions(switch, total_steps, l
     ids=str,
 )
 def test_a_fraction_of_an_unlimited_run_is_refused(switch, name, value):
-    message = rf"because {name}={value} is a fraction of it, but got an unlimited run \(max_steps=-1\)\. Set max_steps or "
-    with pytest.raises(ConfigurationError, match=message + rf"max_epochs, or give {name} as a whole number"):
+    message = rf"because {name}={value} is a fraction of it, but got an unlimited run \(max_steps=-1\), or one under "
+    message += rf"manual .* Set max_steps or max_epochs; under manual .* pass `total_steps`, .*; or give {name} as a whole"
+    with pytest.raises(ConfigurationError, match=message):
         switch.start(Clock(None, beta2=0.999, eps=1e-8))
 
 
