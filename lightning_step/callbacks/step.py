@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_step.callbacks.trainer import builds_late, callbacks_of, log_interval, total_steps
+from lightning_step.callbacks.handover import Handover, packed
+from lightning_step.callbacks.trainer import (
+    builds_late,
+    callbacks_of,
+    check_total_steps,
+    log_interval,
+    steps_logged,
+    total_steps,
+)
 from lightning_step.errors import ConfigurationError, ResumeError, TargetError
+from lightning_step.events import SwitchEvent
 from lightning_step.masking import parameter_of
 from lightning_step.parametrization import apply_nm_masks, nm_masks
 from lightning_step.pattern import NMPattern
 from lightning_step.recipes import STEP, Recipe, describe
-from lightning_step.resume import STATE_VERSION, brief, check_version
+from lightning_step.resume import brief, check_config, check_version, config_of
 from lightning_step.sparsifier import Sparsifier
-from lightning_step.events import SwitchEvent
 from lightning_step.summary import format_targets
 from lightning_step.targets import Targets
 
@@ -41,6 +46,9 @@ class STEPSparsityCallback(pl.Callback):
         exclude: Globs of what stays dense.
         overrides: Globs of what gets another pattern, as ``{glob: [n, m]}``; the last matching entry wins.
         min_weights: Tensors with fewer weights stay dense.
+        total_steps: Optimizer steps of the whole run, of which a recipe's fractions are taken: one number for every
+            optimizer, or a list of one for each that configure_optimizers returns. None: what the trainer expects; under
+            manual optimization it does not know, unless a single optimizer runs until ``max_steps``.
         read_every: Bring variance samples to the host, and decide, every so many optimizer steps.
         max_coordinates: Sample the variance change on about this many coordinates at most.
         verbose: Print the start table and a line at every switch (rank 0).
@@ -70,11 +78,14 @@ class STEPSparsityCallback(pl.Callback):
         exclude: list[str] | None = None,
         overrides: dict[str, list[int]] | None = None,
         min_weights: int = 0,
+        total_steps: int | list[int] | None = None,
         read_every: int = 10,
         max_coordinates: int = 65_536,
         verbose: bool = True,
     ) -> None:
+        check_total_steps(total_steps)
         self.pattern = NMPattern(n, m)
+        self.total_steps = total_steps
         self.recipe: Recipe = STEP() if recipe is None else recipe
         self.verbose = verbose
         self.sparsifiers: list[Sparsifier] = []  # one per optimizer that holds masked tensors, while fitting
@@ -86,14 +97,18 @@ class STEPSparsityCallback(pl.Callback):
             "min_weights": min_weights,
         }
         self._sampling: dict[str, Any] = {"read_every": read_every, "max_coordinates": max_coordinates}
-        self._restored: dict[str, Any] | None = None
-        self._fitted: Callable[[], pl.LightningModule | None] = lambda: None
+        self._handover = Handover()
+        self._fitting = False  # from the fit's start, when the optimizers are hooked, to its end
         self._silent = not verbose
         self._logged_at = -1
+        self._events_seen = 0
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called first in every stage. Puts masks, switched off, on the layers that exist already."""
+        if stage == "fit":
+            self._handover.renew(pl_module, packed([sparsifier.state_dict() for sparsifier in self.sparsifiers]))
+            self.sparsifiers = []
         others = [callback for callback in callbacks_of(trainer) if isinstance(callback, STEPSparsityCallback)]
         if len(others) > 1:
             raise ConfigurationError(
@@ -111,42 +126,45 @@ class STEPSparsityCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when optimizers exist but their state is not restored yet. Hooks the optimizers."""
         self.targets = self._apply_masks(pl_module)
-        restored = self._restored or self._carried_over(pl_module)
+        restored = self._handover.take()
         self._silent = True  # a switch at step 0 is announced below the table, a restored one not again
-        self.sparsifiers = [self._sparsifier(trainer, pl_module, optimizer) for optimizer in self._holders(trainer)]
+        for index in self._holders(trainer):  # one that is refused leaves those before it to on_exception
+            self.sparsifiers.append(self._sparsifier(trainer, pl_module, index))
         self._silent = not self.verbose
-        self._fitted = weakref.ref(pl_module)
         if self.verbose:
             rank_zero_info(f"{format_targets(self._shown_targets())}\nrecipe: {brief(describe(self.recipe))}")
         if restored is not None:
             self._restore(restored)
-            return
-        for sparsifier in self.sparsifiers:
-            for line in (*sparsifier.notes, *sparsifier.events):
-                self._say(f"lightning-step, {line}")
+        self._handover.begin(pl_module)
+        self._fitting = True
+        lines = [line for s in self.sparsifiers for line in (*s.notes, *s.events)] if restored is None else []
+        for line in lines:
+            self._say(f"lightning-step, {line}")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when everything is restored. Makes sure that the optimizer came back together with the phase."""
         for sparsifier in self.sparsifiers:
             sparsifier.check_restored()
-        self._restored = None
+        self._events_seen = self._events()
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Called after every batch. Logs what the switch sees, every ``log_every_n_steps`` steps and when it fires."""
-        step, every = trainer.global_step, log_interval(trainer)
-        switched = any(event.step == sparsifier.t for sparsifier in self.sparsifiers for event in sparsifier.events)
+        step, every = steps_logged(trainer), log_interval(trainer)
+        events = self._events()
+        switched, self._events_seen = events > self._events_seen, events
         if not every or not step or step == self._logged_at or (step % every and not switched):
             return
         self._logged_at = step
+        metrics: dict[str, float] = {}
         for i, sparsifier in enumerate(self.sparsifiers):
             prefix = "sparsity" if len(self.sparsifiers) == 1 else f"sparsity/{i}"
-            metrics = {f"{prefix}/{name}": value for name, value in sparsifier.gauges().items()}
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=step)
+            metrics |= {f"{prefix}/{name}": value for name, value in sparsifier.gauges().items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -166,25 +184,27 @@ class STEPSparsityCallback(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called last in every stage. Takes the hooks off the optimizers; masks stay on the model."""
-        self._detach()
+        self._end(pl_module)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Called when training is interrupted. Takes the hooks off the optimizers."""
-        self._detach()
+        """Called when a stage is interrupted. Takes the hooks off the optimizers."""
+        self._end(pl_module)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Phase, switch step, reason and window of every optimizer: plain values, never empty."""
-        if self._restored is not None:
-            return self._restored  # in a stage that does not train: hand on what was there
-        return {"version": STATE_VERSION, "optimizers": [sparsifier.state_dict() for sparsifier in self.sparsifiers]}
+        kept = None if self._fitting else self._handover.state
+        return packed([sparsifier.state_dict() for sparsifier in self.sparsifiers]) if kept is None else kept
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Called when a checkpoint is loaded, before optimizers exist. Keeps the state until they do."""
-        check_version(state_dict)
-        self._restored = state_dict
+        """Called when a checkpoint is loaded. Goes back to it, or keeps the state until the optimizers exist."""
+        if self._fitting:  # a tuner has trained for a while, and gives everything back
+            check_version(state_dict)
+            self._restore(state_dict)
+        else:
+            self._handover.load(state_dict)
 
     def manifest_info(self) -> dict[str, Any]:
         """What an exported file should say of its training.
@@ -202,11 +222,12 @@ class STEPSparsityCallback(pl.Callback):
     def _apply_masks(self, pl_module: pl.LightningModule) -> Targets:
         return apply_nm_masks(pl_module, self.pattern, enabled=False, **self._selection)
 
-    def _holders(self, trainer: pl.Trainer) -> list[Optimizer]:
-        """The optimizers that hold at least one tensor to mask."""
+    def _holders(self, trainer: pl.Trainer) -> list[int]:
+        """Which of the trainer's optimizers hold at least one tensor to mask."""
         assert self.targets is not None  # set just before
         masked = {id(parameter_of(trainer.lightning_module, target)) for target in self.targets.masked}
-        holders = [o for o in trainer.optimizers if any(id(p) in masked for g in o.param_groups for p in g["params"])]
+        held = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in trainer.optimizers]
+        holders = [index for index, parameters in enumerate(held) if masked & parameters]
         if not holders:
             raise TargetError(
                 f"Expected an optimizer that holds one of the {len(masked)} tensors to mask, but got none among "
@@ -215,7 +236,7 @@ class STEPSparsityCallback(pl.Callback):
             )
         return holders
 
-    def _sparsifier(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> Sparsifier:
+    def _sparsifier(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int) -> Sparsifier:
         def reduce(tensor: Tensor) -> Tensor:
             total = trainer.strategy.reduce(tensor, reduce_op="sum")
             assert isinstance(total, Tensor)  # a tensor goes in
@@ -223,17 +244,20 @@ class STEPSparsityCallback(pl.Callback):
 
         return Sparsifier(
             pl_module,
-            optimizer,
+            trainer.optimizers[index],
             self.pattern.n,
             self.pattern.m,
             recipe=self.recipe,
-            total_steps=total_steps(trainer),
+            total_steps=total_steps(trainer, index, self.total_steps),
             measure_every=log_interval(trainer),
             reduce=reduce if trainer.world_size > 1 else None,
             on_event=self._announce,
             **self._selection,
             **self._sampling,
         )
+
+    def _events(self) -> int:
+        return sum(len(sparsifier.events) for sparsifier in self.sparsifiers)
 
     def _announce(self, event: SwitchEvent) -> None:
         self._say(f"lightning-step, {event}")
@@ -242,19 +266,12 @@ class STEPSparsityCallback(pl.Callback):
         if not self._silent:
             rank_zero_info(line)
 
-    def _carried_over(self, pl_module: pl.LightningModule) -> dict[str, Any] | None:
-        """A second fit of the same model goes on in its phase; its optimizer is new, so nothing in it is frozen."""
-        if not self.sparsifiers or self._fitted() is not pl_module:
-            return None
-        states = [sparsifier.state_dict() for sparsifier in self.sparsifiers]
-        if any(state["frozen"] for state in states):
+    def _restore(self, state: dict[str, Any]) -> None:
+        if self._handover.lost_moments and not self._fitting:
             rank_zero_warn(
                 "This model was fitted before. Its masks go on, but Lightning has made a new optimizer, so the frozen "
                 "second moment is gone and Adam's own is used. To go on exactly, pass `ckpt_path` to fit."
             )
-        return {"version": STATE_VERSION, "optimizers": [{**state, "frozen": []} for state in states]}
-
-    def _restore(self, state: dict[str, Any]) -> None:
         saved = state["optimizers"]
         if len(saved) != len(self.sparsifiers):
             raise ResumeError(
@@ -265,14 +282,19 @@ class STEPSparsityCallback(pl.Callback):
             sparsifier.load_state_dict(own)
 
     def _enable_restored(self, pl_module: pl.LightningModule) -> None:
-        if self._restored is None or pl_module.trainer.state.fn == "fit":
+        """Masks as they were in a checkpoint that is evaluated. Which recipe made them does not matter."""
+        loaded = self._handover.loaded
+        if loaded is None or pl_module.trainer.state.fn == "fit":
             return
         self.targets = self._apply_masks(pl_module)
-        masks = nm_masks(pl_module)
-        for own in self._restored["optimizers"]:
-            for name in own["config"]["patterns"]:
-                if name in masks:
-                    masks[name].enabled = bool(own["masks"])
+        masks, rule = nm_masks(pl_module), self.recipe.plan().pattern
+        for own in loaded["optimizers"]:
+            saved = own["config"]
+            there = [target for target in self.targets.masked if target.name in saved["patterns"]]
+            check_config(saved, {**config_of(self.recipe, there), "recipe": saved["recipe"]})
+            for target in there:
+                masks[target.name].enabled = bool(own["masks"])
+                masks[target.name].pattern = rule(target.name, target.pattern, own["t"])
 
     def _shown_targets(self) -> Targets:
         """All that some optimizer trains masks for, and the rest with the reason."""
@@ -280,6 +302,8 @@ class STEPSparsityCallback(pl.Callback):
         left_out = {entry.name: entry for sparsifier in self.sparsifiers for entry in sparsifier.targets.left_out}
         return Targets(tuple(held.values()), tuple(e for name, e in left_out.items() if name not in held))
 
-    def _detach(self) -> None:
+    def _end(self, pl_module: pl.LightningModule) -> None:
+        self._handover.keep(pl_module)
+        self._fitting = False
         for sparsifier in self.sparsifiers:
             sparsifier.detach()
