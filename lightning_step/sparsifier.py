@@ -14,7 +14,6 @@ from lightning_step.events import SwitchEvent, bad_gradient, bad_moment, no_mome
 from lightning_step.freezing import FrozenStep
 from lightning_step.hooks import StepHooks
 from lightning_step.masking import MaskSet, parameter_of
-from lightning_step.optim import adapter_for
 from lightning_step.parametrization import install_masks
 from lightning_step.pattern import NMPattern
 from lightning_step.recipes import STEP, Decision, Recipe, Watcher
@@ -22,7 +21,7 @@ from lightning_step.resume import STATE_VERSION, check_config, check_version, co
 from lightning_step.sampling import Reduce, SecondMomentSampler
 from lightning_step.targets import Overrides, find_targets
 from lightning_step.watching import Role, SwitchBoard
-from lightning_step.wiring import clock_of, frozen_step, held_by, needs_adapter, switches
+from lightning_step.wiring import adapter_of, clock_of, frozen_step, held_by, switches
 
 __all__ = ["Sparsifier"]
 
@@ -104,7 +103,7 @@ class Sparsifier:
             model, NMPattern(n, m), include=include, exclude=exclude, overrides=overrides, min_weights=min_weights
         )
         self.targets = held_by(optimizer, model, found)
-        adapter = adapter_for(optimizer) if needs_adapter(self.recipe) else None
+        adapter = adapter_of(self.recipe, optimizer)
 
         def make_sampler(watcher: Watcher) -> SecondMomentSampler:
             assert adapter is not None  # see needs_adapter

@@ -9,12 +9,37 @@ from lightning_step.errors import TargetError
 from lightning_step.freezing import FrozenStep
 from lightning_step.masking import MaskSet, parameter_of
 from lightning_step.naming import plain_name
-from lightning_step.optim import SecondMomentAdapter
+from lightning_step.optim import SecondMomentAdapter, adapter_for
+from lightning_step.optim.refused import check_holds_zeros
 from lightning_step.recipes import AtStep, Clock, Recipe, Switch
 from lightning_step.targets import LeftOut, Targets
 from lightning_step.watching import Role
 
-__all__ = ["clock_of", "frozen_step", "held_by", "needs_adapter", "switches"]
+__all__ = ["adapter_of", "clock_of", "frozen_step", "held_by", "needs_adapter", "switches"]
+
+
+def adapter_of(recipe: Recipe, optimizer: Optimizer) -> SecondMomentAdapter | None:
+    """What answers for the second moment of an optimizer, if a recipe asks.
+
+    Args:
+        recipe: The recipe.
+        optimizer: The optimizer.
+
+    Returns:
+        The adapter; None if any optimizer will do.
+
+    Raises:
+        OptimizerError: If the optimizer cannot serve the recipe.
+
+    Example:
+        >>> import torch
+        >>> from lightning_step import STE
+        >>> adapter_of(STE(), torch.optim.SGD([torch.zeros(1)])) is None
+        True
+    """
+    if recipe.plan().gradient.fixed:
+        check_holds_zeros(optimizer)
+    return adapter_for(optimizer) if needs_adapter(recipe) else None
 
 
 def needs_adapter(recipe: Recipe) -> bool:

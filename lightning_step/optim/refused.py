@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["why_refused"]
+from torch.optim import Optimizer
+
+from lightning_step.errors import OptimizerError
+
+__all__ = ["check_holds_zeros", "why_refused"]
 
 # By package, or by package and name: none of them has to be installed. An adapter registered for one of them comes first.
 _REASONS = {
@@ -25,6 +29,28 @@ _REASONS = {
         "train(): its step moves both together and cannot be taken apart"
     ),
 }
+
+
+def check_holds_zeros(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that keeps the weights twice, under a recipe that holds pruned weights at zero.
+
+    Args:
+        optimizer: The optimizer.
+
+    Raises:
+        OptimizerError: If it does.
+
+    Example:
+        >>> import torch
+        >>> check_holds_zeros(torch.optim.SGD([torch.zeros(1)]))
+    """
+    cls = type(optimizer)
+    if cls.__module__.partition(".")[0] == "schedulefree":
+        raise OptimizerError(
+            f"Expected an optimizer that keeps the weights only once, but got {cls.__module__}.{cls.__qualname__}. Weights "
+            "pruned for good are held at zero where the model trains; the copy it averages would bring them back. Use "
+            "SRSTE or STE, whose masks follow the weights, or another optimizer."
+        )
 
 
 def why_refused(optimizer_type: type) -> str | None:

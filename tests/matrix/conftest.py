@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
@@ -189,3 +191,18 @@ def every_optimizer(request: pytest.FixtureRequest) -> tuple[str, Callable[..., 
         return kind(parameters, **{"lr": 0.02, "betas": BETAS, "eps": EPS, **arguments, **more})
 
     return request.param, make
+
+
+@pytest.fixture
+def matrix_trainer(tmp_path: Path) -> Callable[..., pl.Trainer]:
+    """Makes a quiet trainer on the CPU."""
+
+    def make(*callbacks: pl.Callback, steps: int = 20, **arguments: Any) -> pl.Trainer:
+        quiet: dict[str, Any] = {
+            "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
+            "enable_model_summary": False, "enable_checkpointing": False, "max_epochs": -1, "max_steps": steps,
+            "default_root_dir": tmp_path, "num_sanity_val_steps": 0, "limit_val_batches": 0, "log_every_n_steps": 1,
+        }  # fmt: skip
+        return pl.Trainer(**{**quiet, "callbacks": list(callbacks), **arguments})
+
+    return make
