@@ -25,6 +25,10 @@ __all__ = ["FORMATS", "Exported", "check_format", "export_model"]
 
 FORMATS: tuple[Format, ...] = ("dense", "packed")
 VALUES, INDEX = ".nm_values", ".nm_index"
+_SAFE = (
+    "The model is still in memory (after a Trainer, as `trainer.lightning_module`); "
+    "write it with `export_model(model, path)`."
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def export_model(
         >>> torch.equal(plain.weight, layer.weight)
         True
     """
-    path, format = check_writable(path), check_format(format)
+    path, format = _checked(path), check_format(format)
     masks = {} if targets is not None else _masks_to_apply(model, one_shot)
     tensors, aliases = _tensors(model)
     tensors = {name: _harden(tensor, masks.get(name)) for name, tensor in tensors.items()}
@@ -119,6 +123,13 @@ def export_model(
     return Exported(path, manifest, _write(path, tensors, {"format": "pt", HEADER_KEY: manifest.to_json()}))
 
 
+def _checked(path: str | os.PathLike[str]) -> Path:
+    try:
+        return check_writable(path)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error} {_SAFE}") from error
+
+
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
     if "__metadata__" in tensors:  # that key of the header is taken, and nobody could read the file
         raise ConfigurationError("Expected no tensor named '__metadata__', but got one. Rename it.")
@@ -129,9 +140,8 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     except (OSError, SafetensorError) as error:
         size = sum(tensor.nbytes for tensor in tensors.values())
         raise ExportError(
-            f"Expected to write {size:,} bytes to {str(path)!r}, but got: {error}. What was there before is untouched, and "
-            "the model is still in memory (after a Trainer, as `trainer.lightning_module`). Make room, or choose another "
-            "path, and write it with `export_model(model, path)`."
+            f"Expected to write {size:,} bytes to {str(path)!r}, but got: {error}. What was there before is untouched. "
+            f"Make room, or choose another path. {_SAFE}"
         ) from error
 
 
