@@ -153,7 +153,7 @@ def train_by_hand(
             grads |= {name: grads[name] * held[name] for name in masked}
         grads = clipped(grads, norm, value)
         if on and recipe in ("SRSTE", "STEP"):
-            grads |= {name: grads[name] + LAM * ~masks[name] * weights[name] for name in masked}
+            grads |= {name: grads[name] + LAM * (weights[name] * ~masks[name]) for name in masked}
         weights = {name: optimizers[name].step(w, grads[name], lr, betas) for name, w in weights.items()}
         weights |= {name: weights[name] * held[name] for name in held}
         history.append(weights)
