@@ -4,7 +4,7 @@ from lightning_step.callbacks import SparseExport, STEPSparsityCallback
 from lightning_step.errors import LightningStepError
 from lightning_step.events import SwitchEvent
 from lightning_step.export import export_model, load_sparse
-from lightning_step.parametrization import NMMask, apply_nm_masks, nm_masks, strip
+from lightning_step.parametrization import NMMask, apply_nm_masks, latent_weights, nm_masks, strip
 from lightning_step.pattern import NMPattern
 from lightning_step.recipes import (
     ASP,
@@ -49,6 +49,7 @@ __all__ = [
     "apply_nm_masks",
     "export_model",
     "find_targets",
+    "latent_weights",
     "load_sparse",
     "nm_masks",
     "strip",

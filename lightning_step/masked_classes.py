@@ -4,6 +4,11 @@ Note [What a masked class adds]
     A property per masked tensor, whose value is the masked weight while the ``Parameter`` stays registered under the same
     name; recurrent layers some more (see `lightning_step.recurrent`). The class is made at run time, one per original
     class and set of tensors, so copies and pickles name the type and the tensors that it is made from.
+
+Note [Classes on top]
+    Another tool may subclass a masked class and swap a module's class once more: ``fully_shard`` makes an ``FSDPLinear``
+    of a ``Linear`` that way, with a mixin in front. When masks come or go below it, the same class is made anew on the
+    other base, so that what the tool has put on top stays.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ class _Mask(Protocol):
 
 
 _masked_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+_rebased_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 def masks_of(module: nn.Module) -> dict[str, Any]:
@@ -65,10 +71,13 @@ def put_mask(module: nn.Module, attribute: str, mask: _Mask) -> None:
         ('MaskedLinear', 2)
     """
     masks = masks_of(module) | {attribute: mask}
-    original = original_class(module)
     # In __dict__, not through setattr: a registered child would show up in named_modules.
     module.__dict__["_nm_masks"] = masks
-    module.__class__ = _masked_class(original, tuple(sorted(masks)))
+    ours = _masked_base(type(module))
+    if ours is None:
+        module.__class__ = _masked_class(type(module), tuple(sorted(masks)))
+    else:
+        module.__class__ = _rebased(type(module), ours, _masked_class(original_class(module), tuple(sorted(masks))))
 
 
 def take_masks(module: nn.Module) -> None:
@@ -85,12 +94,14 @@ def take_masks(module: nn.Module) -> None:
         >>> type(layer).__name__, int(layer.weight.count_nonzero())
         ('Linear', 4)
     """
-    module.__class__ = original_class(module)
+    ours = _masked_base(type(module))
+    if ours is not None:
+        module.__class__ = _rebased(type(module), ours, original_class(module))
     del module.__dict__["_nm_masks"]
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class a module has without masks.
+    """The class a module had when it got its masks.
 
     Args:
         module: Any module.
@@ -132,6 +143,24 @@ def masks_off(masks: Iterable[_Mask]) -> Iterator[None]:
             mask.enabled = True
 
 
+def _masked_base(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The masked class itself, which another tool may have subclassed since."""
+    return next((base for base in cls.__mro__ if "_nm_original" in vars(base)), None)
+
+
+def _rebased(cls: type[nn.Module], old: type[nn.Module], new: type[nn.Module]) -> type[nn.Module]:
+    """A class with one base exchanged. See Note [Classes on top]."""
+    if cls is old or old is new:
+        return new if cls is old else cls
+    key = (cls, new)
+    if key not in _rebased_classes:
+        bases = tuple(_rebased(base, old, new) if issubclass(base, old) else base for base in cls.__bases__)
+        members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+        name = cls.__name__.replace(old.__name__, new.__name__)
+        _rebased_classes[key] = type(name, bases, members | {"__qualname__": name})
+    return _rebased_classes[key]
+
+
 def _masked_class(original: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
     key = (original, attributes)
     if key not in _masked_classes:
@@ -144,6 +173,8 @@ def _masked_class(original: type[nn.Module], attributes: tuple[str, ...]) -> typ
 
 def _masked_property(attribute: str) -> property:
     def read(self: nn.Module) -> Any:
+        if attribute not in self._parameters:
+            raise _taken_away(self, attribute)
         return self._nm_masks[attribute](self._parameters[attribute])  # type: ignore[index, operator]
 
     def refuse(self: nn.Module, value: Any) -> NoReturn:  # a Parameter never comes here: nn.Module registers it

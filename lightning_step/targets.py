@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_step.errors import ArgumentTypeError, TargetError
 from lightning_step.globs import Selection
@@ -225,6 +226,8 @@ def _why_not_a_product(uses: list[_Use], places: set[int | None]) -> str:
         stranger = next(use for use in _products(uses) if _group_dim(use) is None)
         if isinstance(stranger.module, nn.Embedding):
             return "an embedding: a look-up, not a product"
+        if isinstance(stranger.module, ParametrizationList):
+            return f"parametrized: {type(stranger.module[0]).__name__} computes the weight from it"
         return f"{_kind(stranger)}.{stranger.attribute} is not a weight that N:M masks know"
     return f"shared by layers that group it along different dimensions {sorted(d for d in places if d is not None)}"
 
