@@ -187,7 +187,8 @@ def _buckets(optimizer: Optimizer, parameters: list[Tensor]) -> list[list[Tensor
     for parameter in parameters:
         step = optimizer.state[parameter]["step"]
         count = float(step) if step.device.type == "cpu" else None
-        buckets.setdefault((parameter.device, parameter.dtype, count), []).append(parameter)
+        mesh = getattr(parameter, "device_mesh", None)  # one list cannot hold sharded and whole tensors
+        buckets.setdefault((parameter.device, parameter.dtype, count, mesh), []).append(parameter)
     return list(buckets.values())
 
 
@@ -198,7 +199,11 @@ def _decay(group: Mapping[str, Any], parameters: list[Tensor], grads: list[Tenso
     decay = group["weight_decay"]
     if decay and _is_decoupled(group):
         factor = 1 - group["lr"] * decay
-        if isinstance(factor, Tensor):
+        if parameters[0].device.type == "cpu":
+            # There the foreach kernel is a loop, too, but rounds the factor to the parameters' dtype: 0.998 to 0.996.
+            for parameter in parameters:
+                parameter.mul_(factor)
+        elif isinstance(factor, Tensor):
             torch._foreach_mul_(parameters, [factor.to(parameter) for parameter in parameters])
         else:
             torch._foreach_mul_(parameters, factor)

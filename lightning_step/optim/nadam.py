@@ -42,7 +42,8 @@ class NAdamAdapter(AdamAdapter):
         t = float(states[0]["step"])
         mu, mu_next = self._momentum(group, t), self._momentum(group, t + 1)
         products = [s["mu_product"] for s in states]
-        torch._foreach_mul_(products, mu)
+        for product in products:
+            product.mul_(mu)
         # A tensor's product is its own: it depends on the betas at each of its steps.
         updates = list(torch._foreach_mul(first, [mu_next / (1 - float(p) * mu_next) for p in products]))
         torch._foreach_add_(updates, torch._foreach_mul(grads, [(1 - mu) / (1 - float(p)) for p in products]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_step.functional import adam_bound, preconditioned_step, preconditioner
-from lightning_step.optim import AdamAdapter
+from lightning_step.optim import AdamAdapter, adapter_for
 
 KINDS = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 IMPLEMENTATIONS = {
@@ -149,6 +149,24 @@ def test_a_step_in_another_dtype_is_within_its_rounding(kind, implementation, dt
             torch.testing.assert_close(p.detach().double(), weight, rtol=rounding, atol=rounding)
             torch.testing.assert_close(optimizer.state[p]["exp_avg"].double(), m, rtol=rounding, atol=rounding)
             assert p.dtype == optimizer.state[p]["exp_avg"].dtype == optimizer.state[p]["exp_avg_sq"].dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["AdamW", "NAdam", "RAdam"])
+def test_weight_decay_in_half_precision_is_that_of_the_for_loop(kind, dtype):
+    """A factor that is itself rounded to half precision would decay twice as much: 0.998 is 0.996 in bfloat16."""
+    weight = torch.nn.Parameter(torch.randn(64, 64).to(dtype))
+    decoupled = {} if kind == "AdamW" else {"decoupled_weight_decay": True}
+    optimizer = getattr(torch.optim, kind)([weight], lr=0.02, weight_decay=0.1, **decoupled)
+    for _ in range(6):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    before = weight.detach().clone()
+    adapter = adapter_for(optimizer)
+    adapter.freeze(optimizer, [weight], "adam")
+    optimizer.state[weight]["exp_avg"].zero_()
+    adapter.step(optimizer, {weight: torch.zeros_like(weight)}, None)
+    assert_same(weight.detach(), before.mul(0.998))
 
 
 @pytest.mark.parametrize(("kind", "implementation", "settings"), MATRIX)
