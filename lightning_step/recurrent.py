@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["is_recurrent_weight", "recurrent_members"]
@@ -88,7 +89,8 @@ def recurrent_members(
                 plain._update_flat_weights(self)
 
     return {
-        "forward": forward,
+        # torch.compile leaves recurrent layers to eager anyway; it must not begin again half-way into this forward.
+        "forward": torch.compiler.disable(forward),  # type: ignore[no-untyped-call]
         "_flat_weights": property(_read, _write),
         "_init_flat_weights": init_flat_weights,
         "_update_flat_weights": update_flat_weights,
