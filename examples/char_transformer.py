@@ -44,8 +44,14 @@ class Block(nn.Module):
         return hidden
 
 
+def waves(context: int, width: int) -> Tensor:
+    """Sines and cosines that tell positions apart, of the size of the character embeddings; shape (context, width)."""
+    angles = torch.arange(context)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)  # (context, width / 2)
+    return 0.1 * torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
 class CharModel(nn.Module):
-    """The network: characters in, logits of the next character out.
+    """The network: characters in, logits of the next character out. The embedding is the output matrix, too.
 
     Args:
         vocabulary: Number of characters.
@@ -55,23 +61,22 @@ class CharModel(nn.Module):
         context: Longest input in characters.
     """
 
+    position: Tensor  # float32, (context, width)
+
     def __init__(
-        self, vocabulary: int = VOCABULARY, width: int = 64, layers: int = 2, heads: int = 4, context: int = 64
+        self, vocabulary: int = VOCABULARY, width: int = 96, layers: int = 2, heads: int = 4, context: int = 64
     ) -> None:
         super().__init__()
         self.character = nn.Embedding(vocabulary, width)
-        self.position = nn.Embedding(context, width)
+        self.register_buffer("position", waves(context, width), persistent=False)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
-        for embedding in (self.character, self.position):
-            nn.init.normal_(embedding.weight, std=0.1)  # torch's own 1.0 drowns what the blocks add at this size
+        nn.init.normal_(self.character.weight, std=0.1)  # torch's own 1.0 drowns what the blocks add at this size
 
     def forward(self, characters: Tensor) -> Tensor:
         """Logits, shape (batch, time, vocabulary), for characters of shape (batch, time)."""
-        x = self.character(characters) + self.position.weight[: characters.shape[1]]
-        logits: Tensor = self.head(self.norm(self.blocks(x)))
-        return logits
+        x = self.character(characters) + self.position[: characters.shape[1]]
+        return F.linear(self.norm(self.blocks(x)), self.character.weight)
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per character; both of shape (batch, time)."""
@@ -95,11 +100,11 @@ class CharTransformer(pl.LightningModule):
 
     def __init__(
         self,
-        width: int = 64,
+        width: int = 96,
         layers: int = 2,
         heads: int = 4,
         context: int = 64,
-        lr: float = 8e-3,
+        lr: float = 4e-3,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.01,
         warmup: int = 50,
@@ -201,7 +206,7 @@ class TopicsDataModule(pl.LightningDataModule):
         seed: Seed of the crops.
     """
 
-    def __init__(self, batch_size: int = 32, context: int = 64, batches: int = 100, seed: int = 0) -> None:
+    def __init__(self, batch_size: int = 16, context: int = 64, batches: int = 100, seed: int = 0) -> None:
         super().__init__()
         self.batch_size, self.context, self.batches, self.seed = batch_size, context, batches, seed
         text = help_topics()

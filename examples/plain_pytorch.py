@@ -27,11 +27,11 @@ def main() -> None:
     torch.manual_seed(0)
     text = help_topics()
     cut = len(text) * 9 // 10
-    batches = RandomCrops(text[:cut], batch_size=32, context=CONTEXT, batches=args.steps, seed=0)
-    model = CharModel(width=64, context=CONTEXT)
+    batches = RandomCrops(text[:cut], batch_size=16, context=CONTEXT, batches=args.steps, seed=0)
+    model = CharModel(context=CONTEXT)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.99))
 
-    sparsifier = Sparsifier(model, optimizer, n=2, m=4, total_steps=args.steps, exclude=["head"], on_event=print)
+    sparsifier = Sparsifier(model, optimizer, n=2, m=4, total_steps=args.steps, on_event=print)
     print(format_targets(sparsifier.targets))
 
     for step, (inputs, targets) in enumerate(batches, start=1):

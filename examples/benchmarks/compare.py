@@ -1,9 +1,9 @@
-"""Dense, ASP, SR-STE and STEP on the demo task: equal steps, each at its own best rate and lam, three seeds.
+"""Dense, ASP, SR-STE and STEP on the demo task: equal steps, each at its own best rate and lam, three seeds, 2:4 and 1:8.
 
 ``python examples/benchmarks/compare.py`` runs one common grid on seed 0, repeats the two best settings of each row on the
-other seeds and keeps the one with the lowest mean, then changes one thing at a time in STEP at its setting. Every finished
-run is kept as JSON in ``--out``: interrupt it and call it again to go on. At the end ``results.json`` and ``results.md``
-are written there.
+other seeds and keeps the one with the lowest mean, then changes one thing at a time in STEP at its 2:4 setting. Every
+finished run is kept as JSON in ``--out``: interrupt it and call it again to go on. At the end ``results.json`` and
+``results.md`` are written there.
 """
 
 from __future__ import annotations
@@ -18,22 +18,27 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from recipes_compared import ABLATIONS, ROWS
+from recipes_compared import ABLATIONS, PATTERNS, ROWS
 from report import best_on_average, best_on_one_seed, write_results
 from training import TASK, Run, quiet, train
 
-RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
-LAMS = (2e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+LAMS = (4e-3, 1.6e-2, 6.4e-2)
 SEEDS = (0, 1, 2)
 FINALISTS = 2
 
 Results = dict[str, dict[str, Any]]
 
 
-def grid(rows: Sequence[str], seed: int) -> list[Run]:
-    """Every rate, and every lam for the rows that have one."""
-    lams = {row: LAMS if ROWS[row].has_lam else (None,) for row in rows}
-    return [Run(row, rate, lam, seed) for row in rows for rate in RATES for lam in lams[row]]
+def cells() -> list[tuple[str, str]]:
+    """Row and pattern of every cell that is tuned by itself."""
+    return [(row, pattern) for row, what in ROWS.items() for pattern in (PATTERNS if what.masked else ("",))]
+
+
+def grid(row: str, pattern: str, seed: int) -> list[Run]:
+    """Every rate, and every lam for a row that has one."""
+    lams = LAMS if ROWS[row].has_lam else (None,)
+    return [Run(row, pattern, rate, lam, seed) for rate in RATES for lam in lams]
 
 
 def main() -> None:
@@ -46,14 +51,14 @@ def main() -> None:
     runs_folder.mkdir(parents=True, exist_ok=True)
 
     # 1. The grid, on seed 0.
-    results = execute(grid(list(ROWS), SEEDS[0]), runs_folder, args.processes)
+    results = execute([run for cell in cells() for run in grid(*cell, SEEDS[0])], runs_folder, args.processes)
     # 2. One seed is too little to choose by: the two best settings of each row, on the other seeds too.
-    shortlist = {row: best_on_one_seed(row, results, FINALISTS) for row in ROWS}
+    shortlist = {cell: best_on_one_seed(*cell, results, FINALISTS) for cell in cells()}
     repeated = [replace(run, seed=seed) for runs in shortlist.values() for run in runs for seed in SEEDS[1:]]
     results |= execute(repeated, runs_folder, args.processes)
-    best = {row: best_on_average(runs, results, SEEDS) for row, runs in shortlist.items()}
+    best = {cell: best_on_average(runs, results, SEEDS) for cell, runs in shortlist.items()}
     # 3. One thing changed at a time, at STEP's setting.
-    changed = [replace(best["STEP"], row=row, seed=seed) for row in ABLATIONS for seed in SEEDS]
+    changed = [replace(best["STEP", PATTERNS[0]], row=row, seed=seed) for row in ABLATIONS for seed in SEEDS]
     results |= execute(changed, runs_folder, args.processes)
 
     table = write_results(args.out, results, best, RATES, LAMS, SEEDS, args.processes)

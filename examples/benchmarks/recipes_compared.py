@@ -17,7 +17,7 @@ class Row:
 
     make: Callable[[float], Recipe]  # from lam
     has_lam: bool = True
-    one_shot: bool = False  # prune by magnitude after the last step
+    masked: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,10 @@ def step(lam: float) -> STEP:
     return STEP(lam=lam)
 
 
+PATTERNS = ("2:4", "1:8")
+
 ROWS = {
-    "dense": Row(lambda lam: Dense(), has_lam=False),
-    "one-shot": Row(lambda lam: Dense(), has_lam=False, one_shot=True),
+    "dense": Row(lambda lam: Dense(), has_lam=False, masked=False),
     "ASP": Row(lambda lam: ASP(), has_lam=False),
     "SR-STE": Row(lambda lam: SRSTE(lam)),
     "STEP": Row(step),
@@ -55,6 +56,7 @@ ABLATIONS = {
     "switch at 10 %": Row(lambda lam: replace(step(lam), switch=AtStep(0.1))),
     "switch at 30 %": Row(lambda lam: replace(step(lam), switch=AtStep(0.3))),
     "v frozen for all parameters": Row(lambda lam: replace(step(lam), scope="all")),
+    "the usual lam, 2e-4": Row(lambda lam: step(2e-4)),
     "the paper's preconditioner": Row(lambda lam: replace(step(lam), form="paper")),
     "no bound on the step": Row(lambda lam: replace(step(lam), max_step=float("inf"))),
     "v not frozen": Row(lambda lam: Parts(lam, mask=True, freezes=False)),

@@ -13,16 +13,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from recipes_compared import ABLATIONS, ROWS
+from recipes_compared import ABLATIONS, PATTERNS, ROWS
 from training import TASK, Run
 
 Results = Mapping[str, Mapping[str, Any]]
 
 
-def best_on_one_seed(row: str, results: Results, count: int) -> list[Run]:
+def best_on_one_seed(row: str, pattern: str, results: Results, count: int) -> list[Run]:
     """The settings of a row with the lowest validation losses in the grid, best first."""
-    found = sorted((result for result in results.values() if result["row"] == row), key=lambda result: result["val_loss"])
-    return [Run(row, result["rate"], result["lam"], result["seed"]) for result in found[:count]]
+    found = [result for result in results.values() if (result["row"], result["pattern"]) == (row, pattern)]
+    found.sort(key=lambda result: float(result["val_loss"]))
+    return [Run(row, pattern, result["rate"], result["lam"], result["seed"]) for result in found[:count]]
 
 
 def best_on_average(runs: Sequence[Run], results: Results, seeds: Sequence[int]) -> Run:
@@ -33,7 +34,7 @@ def best_on_average(runs: Sequence[Run], results: Results, seeds: Sequence[int])
 def write_results(
     folder: Path,
     results: Results,
-    best: Mapping[str, Run],
+    best: Mapping[tuple[str, str], Run],
     rates: Sequence[float],
     lams: Sequence[float],
     seeds: Sequence[int],
@@ -44,7 +45,7 @@ def write_results(
     Args:
         folder: Where to.
         results: Every run by its key.
-        best: The best setting of every row.
+        best: The best setting of every row, by row and pattern.
         rates: Rates of the grid.
         lams: Lams of the grid.
         seeds: All seeds; the grid was on the first.
@@ -65,14 +66,18 @@ def write_results(
         "runs": sorted(results.values(), key=lambda result: (result["row"], result["seed"], result["val_loss"])),
     }
     (folder / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
-    dense = _losses(best["dense"], results, seeds)
-    changed = {name: replace(best["STEP"], row=name) for name in ABLATIONS}
+    dense = best["dense", ""]
+    changed = {name: replace(best["STEP", PATTERNS[0]], row=name) for name in ABLATIONS}
     page = [
         f"Validation loss in nats per character, lower is better; {TASK['steps']} steps; mean ± standard deviation over "
         f"seeds {', '.join(map(str, seeds))}. Rate and lam of each row: of its two best settings in the grid below (seed "
-        f"{seeds[0]}), the one with the lowest mean over all seeds.\n",
-        *_table(best, results, seeds, dense),
-        "\nOne thing changed in STEP, at STEP's rate and lam:\n",
+        f"{seeds[0]}), the one with the lowest mean over all seeds.\n"
+    ]
+    for pattern in PATTERNS:
+        rows = {row: run for (row, of), run in best.items() if of in (pattern, "")}
+        page += [f"\n{pattern}\n", *_table(rows, results, seeds, dense), *_one_shot(pattern, dense, results, seeds), ""]
+    page += [
+        f"\nOne thing changed in STEP, {PATTERNS[0]}, at STEP's rate and lam:\n",
         *_table(changed, results, seeds, dense),
         f"\nThe grid, seed {seeds[0]}:\n",
         *_grid(results, rates, lams, seeds[0]),
@@ -88,20 +93,30 @@ def _losses(run: Run, results: Results, seeds: Sequence[int]) -> list[float]:
     return [float(results[replace(run, seed=seed).key]["val_loss"]) for seed in seeds]
 
 
-def _table(runs: Mapping[str, Run], results: Results, seeds: Sequence[int], dense: Sequence[float]) -> list[str]:
+def _table(runs: Mapping[str, Run], results: Results, seeds: Sequence[int], dense: Run) -> list[str]:
     lines = [
         "| recipe | validation loss | above dense | per seed | rate | lam | switch after step |",
         "|---|---|---|---|---|---|---|",
     ]
+    base = statistics.mean(_losses(dense, results, seeds))
     for row, run in runs.items():
         losses = _losses(run, results, seeds)
-        gap = statistics.mean(losses) - statistics.mean(dense)
-        each = ", ".join(f"{loss:.4f}" for loss in losses)
         lam = "" if run.lam is None else f"{run.lam:g}"
         switches = _switches([results[replace(run, seed=seed).key] for seed in seeds])
-        spread = f"{statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f}"
-        lines.append(f"| {row} | {spread} | {gap:+.4f} | {each} | {run.rate:g} | {lam} | {switches} |")
+        lines.append(f"| {row} | {_cells(losses, base)} | {run.rate:g} | {lam} | {switches} |")
     return lines
+
+
+def _one_shot(pattern: str, dense: Run, results: Results, seeds: Sequence[int]) -> list[str]:
+    """The dense runs, pruned at the end and not trained on."""
+    losses = [float(results[replace(dense, seed=seed).key]["pruned"][pattern]) for seed in seeds]
+    base = statistics.mean(_losses(dense, results, seeds))
+    return [f"| dense, pruned at the end | {_cells(losses, base)} | {dense.rate:g} |  |  |"]
+
+
+def _cells(losses: Sequence[float], base: float) -> str:
+    mean, each = statistics.mean(losses), ", ".join(f"{loss:.4f}" for loss in losses)
+    return f"{mean:.4f} ± {statistics.stdev(losses):.4f} | {mean - base:+.4f} | {each}"
 
 
 def _switches(results: Sequence[Mapping[str, Any]]) -> str:
@@ -112,9 +127,11 @@ def _switches(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _grid(results: Results, rates: Sequence[float], lams: Sequence[float], seed: int) -> list[str]:
-    lines = ["| recipe | lam | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |", "|---|---|" + "---|" * len(rates)]
+    head = " | ".join(f"rate {rate:g}" for rate in rates)
+    lines = [f"| recipe | n:m | lam | {head} |", "|---|---|---|" + "---|" * len(rates)]
     for name, row in ROWS.items():
-        for lam in lams if row.has_lam else (None,):
-            cells = [f"{results[Run(name, rate, lam, seed).key]['val_loss']:.4f}" for rate in rates]
-            lines.append(f"| {name} | {'' if lam is None else f'{lam:g}'} | {' | '.join(cells)} |")
+        for pattern in PATTERNS if row.masked else ("",):
+            for lam in lams if row.has_lam else (None,):
+                cells = [f"{results[Run(name, pattern, rate, lam, seed).key]['val_loss']:.4f}" for rate in rates]
+                lines.append(f"| {name} | {pattern} | {'' if lam is None else f'{lam:g}'} | {' | '.join(cells)} |")
     return lines

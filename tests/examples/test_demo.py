@@ -23,7 +23,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 def test_it_shows_what_is_masked_and_where_it_switched(demo: tuple[str, Path]) -> None:
     said, _ = demo
-    assert "N:M masks on 8 of 29 tensors" in said
+    assert "N:M masks on 8 of 27 tensors" in said
     assert "an embedding: a look-up, not a product" in said
     assert said.count("lightning-step, optimizer step 12: masks on, second moment frozen (8 tensors)") == 1
 
@@ -43,6 +43,6 @@ def test_the_end_table_says_that_the_file_gives_the_same_loss(demo: tuple[str, P
 
 def test_the_packed_file_is_smaller_and_the_picture_is_there(demo: tuple[str, Path]) -> None:
     _, out = demo
-    assert (out / "sparse-packed.safetensors").stat().st_size < 0.65 * (out / "dense.safetensors").stat().st_size
+    assert (out / "sparse-packed.safetensors").stat().st_size < 0.6 * (out / "dense.safetensors").stat().st_size
     assert (out / "variance.png").read_bytes().startswith(b"\x89PNG")
     assert list(out.glob("step/version_0/events.out.tfevents*"))
