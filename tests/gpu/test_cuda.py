@@ -11,7 +11,19 @@ import torch
 from torch import nn
 
 from lightning_step import ASP, SRSTE, STEP, AtStep, AutoSwitch, NMPattern, Recipe, Sparsifier, strip
-from lightning_step.functional import AdamState, adam_step, magnitude_mask, preconditioned_step, preconditioner
+from lightning_step.functional import (
+    AdamState,
+    NAdamState,
+    adam_step,
+    magnitude_mask,
+    nadam_step,
+    preconditioned_nadam_step,
+    preconditioned_radam_step,
+    preconditioned_step,
+    preconditioner,
+    radam_step,
+)
+from lightning_step.optim import adapter_for
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,6 +83,34 @@ def test_step_equals_the_reference(settings: dict[str, Any]) -> None:
         if step == 4:
             frozen = preconditioner(state.v, 5, beta2=0.99)
         torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("settings", [{"foreach": False}, {"foreach": True}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.RAdam])
+def test_step_of_nadam_and_radam_equals_the_reference(kind: Any, settings: dict[str, Any]) -> None:
+    weight = nn.Parameter(torch.randn(8, 16, dtype=torch.float64, device="cuda"))
+    optimizer = kind([weight], lr=1e-2, betas=(0.9, 0.99), **settings)
+    step = nadam_step if kind is torch.optim.NAdam else radam_step
+    expected = weight.detach().clone()
+    state: Any = (NAdamState if kind is torch.optim.NAdam else AdamState).zeros(weight)
+    grads = [torch.randn(8, 16, dtype=torch.float64, device="cuda") for _ in range(30)]
+    for grad in grads[:10]:
+        weight.grad = grad.clone()
+        optimizer.step()
+        expected, state = step(expected, grad, state, lr=1e-2, betas=(0.9, 0.99))
+    adapter = adapter_for(optimizer)
+    assert adapter.freeze(optimizer, [weight], "adam") == [weight]
+    eps = 1e-8 if kind is torch.optim.NAdam else 1e-8 / (1 - 0.99**10) ** 0.5
+    frozen, m, product = preconditioner(state.v, 10, beta2=0.99, eps=eps), state.m, getattr(state, "mu_product", None)
+    torch.cuda.synchronize()
+    for t, grad in enumerate(grads[10:], 10):
+        with no_waiting():
+            adapter.step(optimizer, {weight: grad}, 1.0)
+        if product is None:
+            expected, m = preconditioned_radam_step(expected, grad, m, frozen, t, lr=1e-2, betas=(0.9, 0.99), max_step=1.0)
+        else:
+            expected, m, product = preconditioned_nadam_step(expected, grad, m, frozen, t, product, lr=1e-2, max_step=1.0)
+        torch.testing.assert_close(weight.detach(), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("settings", IMPLEMENTATIONS, ids=str)
