@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,7 +23,7 @@ class SparseExport(pl.Callback):
     """Verifies, hardens and writes the masked model to one safetensors file when fitting ends.
 
     The model in memory is left as it is. If training ended before masks began there is nothing to write: it says so, and
-    prunes nothing unless told to.
+    prunes nothing unless told to. Under ``fast_dev_run`` everything is tried, but no file is written.
 
     Args:
         path: The file to write, on rank 0. Whether it can be written is found out at ``setup``.
@@ -67,12 +69,19 @@ class SparseExport(pl.Callback):
         if not any(mask.enabled for mask in masks.values()) and not (masks and self.one_shot):
             rank_zero_warn(_nothing_learned(len(masks), self.path))
             return
-        self.exported = export_model(module, self.path, self.format, one_shot=self.one_shot, info=_info(trainer))
-        tensors = len(self.exported.manifest.sparse)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            with tempfile.TemporaryDirectory() as folder:  # everything is tried, and the file of a real run stays
+                tried = self._export(module, str(Path(folder, "model.safetensors")), trainer)
+            rank_zero_info(f"lightning-step, {_count(tried)} verified for {self.path}, which fast_dev_run leaves alone")
+            return
+        self.exported = self._export(module, self.path, trainer)
         rank_zero_info(
             f"lightning-step, wrote {self.exported.path} ({self.format}, {self.exported.bytes:,} bytes): "
-            f"{tensors} tensor{'s' * (tensors != 1)} verified"
+            f"{_count(self.exported)} verified"
         )
+
+    def _export(self, module: nn.Module, path: str, trainer: pl.Trainer) -> Exported:
+        return export_model(module, path, self.format, one_shot=self.one_shot, info=_info(trainer))
 
     def _module(self, pl_module: pl.LightningModule) -> nn.Module:
         try:
@@ -83,6 +92,11 @@ class SparseExport(pl.Callback):
                 f"Expected `module` to name a submodule of {type(pl_module).__name__}, but got {self.module!r}. "
                 f"It has: {', '.join(names)}."
             ) from error
+
+
+def _count(exported: Exported) -> str:
+    tensors = len(exported.manifest.sparse)
+    return f"{tensors} tensor{'s' * (tensors != 1)}"
 
 
 def _nothing_learned(masks: int, path: str) -> str:

@@ -39,13 +39,13 @@ class Handover:
         >>> handover.load(packed([{"t": 3, "frozen": ["weight"], "open": {}}]))
         >>> handover.keep(layer)  # a stage that did not train ends
         >>> handover.renew(layer, packed([]))
-        >>> handover.take(), handover.lost_moments
+        >>> handover.take()
         ({'version': 1, 'optimizers': [{'t': 3, 'frozen': [], 'open': {}}]}, True)
     """
 
     def __init__(self) -> None:
         self.loaded: State | None = None  # from a checkpoint, in this stage
-        self.lost_moments = False  # what goes on had a frozen second moment, and goes on without
+        self._lost = False  # what the module was left with had a frozen second moment, which is gone
         self._left: State | None = None
         self._module: Callable[[], nn.Module | None] = lambda: None
 
@@ -85,20 +85,20 @@ class Handover:
         """
         left = trained if self._left is None else self._left
         own = left["optimizers"] if self._module() is module else []
-        self.lost_moments = any(state["frozen"] for state in own)
+        # A tuner sets up a fit that never starts: what is lost by then is still to be told.
+        self._lost = any(state["frozen"] for state in own) or (self._lost and bool(own))
         # What was sampled and frozen is that of the optimizer before.
         self._left = packed([{**state, "frozen": [], "open": _emptied(state["open"])} for state in own]) if own else None
 
-    def take(self) -> State | None:
+    def take(self) -> tuple[State | None, bool]:
         """A fit starts.
 
         Returns:
-            The checkpoint it resumes from, or else what its module was left with; None if it is the first.
+            The checkpoint it resumes from, or else what its module was left with; None if it is the first. And whether a
+            frozen second moment is lost with the optimizer before.
         """
-        state = self.state
-        self.lost_moments = self.lost_moments and self.loaded in (None, self._left)
-        self.loaded = None
-        return state
+        state, self.loaded = self.state, None
+        return state, self._lost and state == self._left
 
     def begin(self, module: nn.Module) -> None:
         """A fit is under way: from now on its optimizers know.
@@ -106,7 +106,7 @@ class Handover:
         Args:
             module: The module that is trained.
         """
-        self._left, self._module = None, weakref.ref(module)
+        self._left, self._module, self._lost = None, weakref.ref(module), False
 
 
 def _emptied(open_switches: State) -> State:

@@ -126,7 +126,7 @@ class STEPSparsityCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when optimizers exist but their state is not restored yet. Hooks the optimizers."""
         self.targets = self._apply_masks(pl_module)
-        restored = self._handover.take()
+        restored, lost = self._handover.take()
         self._silent = True  # a switch at step 0 is announced below the table, a restored one not again
         for index in self._holders(trainer):  # one that is refused leaves those before it to on_exception
             self.sparsifiers.append(self._sparsifier(trainer, pl_module, index))
@@ -134,6 +134,11 @@ class STEPSparsityCallback(pl.Callback):
         if self.verbose:
             rank_zero_info(f"{format_targets(self._shown_targets())}\nrecipe: {brief(describe(self.recipe))}")
         if restored is not None:
+        if lost:
+            rank_zero_warn(
+                "This model was fitted before. Its masks go on, but Lightning has made a new optimizer, so the frozen "
+                "second moment is gone and Adam's own is used. To go on exactly, pass `ckpt_path` to fit."
+            )
             self._restore(restored)
         self._handover.begin(pl_module)
         self._fitting = True
@@ -267,11 +272,6 @@ class STEPSparsityCallback(pl.Callback):
             rank_zero_info(line)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if self._handover.lost_moments and not self._fitting:
-            rank_zero_warn(
-                "This model was fitted before. Its masks go on, but Lightning has made a new optimizer, so the frozen "
-                "second moment is gone and Adam's own is used. To go on exactly, pass `ckpt_path` to fit."
-            )
         saved = state["optimizers"]
         if len(saved) != len(self.sparsifiers):
             raise ResumeError(
