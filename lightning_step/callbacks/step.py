@@ -134,12 +134,12 @@ class STEPSparsityCallback(pl.Callback):
         if self.verbose:
             rank_zero_info(f"{format_targets(self._shown_targets())}\nrecipe: {brief(describe(self.recipe))}")
         if restored is not None:
+            self._restore(restored)
         if lost:
             rank_zero_warn(
                 "This model was fitted before. Its masks go on, but Lightning has made a new optimizer, so the frozen "
                 "second moment is gone and Adam's own is used. To go on exactly, pass `ckpt_path` to fit."
             )
-            self._restore(restored)
         self._handover.begin(pl_module)
         self._fitting = True
         lines = [line for s in self.sparsifiers for line in (*s.notes, *s.events)] if restored is None else []
