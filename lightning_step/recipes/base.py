@@ -7,13 +7,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
-from lightning_step.errors import ConfigurationError
+from lightning_step.errors import ArgumentTypeError, ConfigurationError
 from lightning_step.functional import PreconditionForm
 from lightning_step.parametrization import Gradient
 from lightning_step.pattern import NMPattern
 from lightning_step.recipes.switches import Switch
 
-__all__ = ["Freeze", "GradientRule", "PatternRule", "Plan", "Recipe", "Scope", "check_lam", "describe", "final_pattern"]
+__all__ = [
+    "Freeze",
+    "GradientRule",
+    "PatternRule",
+    "Plan",
+    "Recipe",
+    "Scope",
+    "check_lam",
+    "check_switch",
+    "describe",
+    "final_pattern",
+]
 
 Scope = Literal["masked", "all"]
 """Whose second moment is frozen: that of the ``masked`` tensors, or of ``all`` the optimizer holds."""
@@ -163,3 +174,24 @@ def check_lam(lam: float) -> None:
     """
     if not lam >= 0:
         raise ConfigurationError(f"Expected `lam` >= 0, but got {lam!r}. It pulls pruned weights towards zero.")
+
+
+def check_switch(name: str, value: object) -> None:
+    """Refuse what is no switch, above all a bare number.
+
+    Args:
+        name: The argument it was given as.
+        value: What was given.
+
+    Raises:
+        ArgumentTypeError: If it is no `Switch`.
+
+    Example:
+        >>> from lightning_step import AtStep
+        >>> check_switch("at", AtStep(0.5))
+    """
+    if not isinstance(value, Switch):
+        raise ArgumentTypeError(
+            f"Expected `{name}` to be a switch, but got {value!r}. Write AtStep(500) for an optimizer step, AtStep(0.5) for "
+            "a fraction of all, or AutoSwitch()."
+        )

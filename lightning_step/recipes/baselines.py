@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from typing_extensions import override
 
-from lightning_step.recipes.base import GradientRule, Plan, Recipe, check_lam
+from lightning_step.recipes.base import GradientRule, Plan, Recipe, check_lam, check_switch
 from lightning_step.recipes.switches import AtStep, Switch
 
 __all__ = ["ASP", "SRSTE", "STE", "Dense"]
@@ -32,6 +32,10 @@ class ASP(Recipe):
 
     Args:
         at: When to prune. The published recipe prunes a finished network and trains as long again: half of all steps.
+            ``AtStep(0)`` keeps the zeros of a model that is pruned already.
+
+    Raises:
+        ArgumentTypeError: If ``at`` is no switch.
 
     Example:
         >>> ASP().plan().gradient.fixed
@@ -42,6 +46,9 @@ class ASP(Recipe):
     """
 
     at: Switch = field(default_factory=lambda: AtStep(0.5))
+
+    def __post_init__(self) -> None:
+        check_switch("at", self.at)
 
     @override
     def plan(self) -> Plan:

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from lightning_step.errors import ConfigurationError
 from lightning_step.functional import PreconditionForm
-from lightning_step.recipes.base import Freeze, GradientRule, Plan, Recipe, Scope, check_lam
+from lightning_step.recipes.base import Freeze, GradientRule, Plan, Recipe, Scope, check_lam, check_switch
 from lightning_step.recipes.switches import AutoSwitch, Switch
 
 __all__ = ["STEP"]
@@ -30,6 +30,7 @@ class STEP(Recipe):
             infinity: none, as in the paper.
 
     Raises:
+        ArgumentTypeError: If ``switch`` or ``masks_from`` is no switch.
         ConfigurationError: If ``lam``, ``scope``, ``form`` or ``max_step`` is out of range.
 
     Example:
@@ -50,6 +51,9 @@ class STEP(Recipe):
     max_step: float | None = None
 
     def __post_init__(self) -> None:
+        check_switch("switch", self.switch)
+        if self.masks_from is not None:
+            check_switch("masks_from", self.masks_from)
         check_lam(self.lam)
         for name, value, known in (
             ("scope", self.scope, ("masked", "all")),

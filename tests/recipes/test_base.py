@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from lightning_step import SRSTE, STEP, AtStep, AutoSwitch, NMPattern, Recipe, Switch
-from lightning_step.errors import ConfigurationError
+from lightning_step import ASP, SRSTE, STEP, AtStep, AutoSwitch, NMPattern, Recipe, Switch
+from lightning_step.errors import ArgumentTypeError, ConfigurationError
 from lightning_step.recipes import Clock, Freeze, GradientRule, Plan, RelativeNorm, Staleness, describe
 from lightning_step.recipes.base import check_lam
 
@@ -113,3 +113,17 @@ def test_a_switch_has_to_start():
 def test_a_clock_knows_nothing_unless_told():
     assert Clock() == Clock(total_steps=None, beta2=None, eps=None)
     assert (Clock(9, 0.9, 1e-8).need_beta2(), Clock(9, 0.9, 1e-8).need_eps()) == (0.9, 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: ASP(0.5), "at"),
+        (lambda: STEP(switch=300), "switch"),
+        (lambda: STEP(masks_from=0), "masks_from"),
+        (lambda: STEP(AutoSwitch), "switch"),
+    ],
+)
+def test_a_bare_number_in_the_place_of_a_switch_is_refused_at_construction(make, name):
+    with pytest.raises(ArgumentTypeError, match=rf"Expected `{name}` to be a switch, but got .* Write AtStep\(500\)"):
+        make()
