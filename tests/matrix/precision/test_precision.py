@@ -214,3 +214,35 @@ def test_samples_of_v_are_the_same_with_scaling_and_none_is_taken_from_a_skipped
     (event,) = gauges[0][1]
     assert 5 <= event.step <= 15
     assert [len(state["masks"]["samples"]) for state in gauges[0][0][:4]] == [1, 2, 3, 3]
+
+
+class Scheduled(Net):
+    """Notes the rate of every step that is not skipped."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.current_epoch not in self.bad:
+            self.rates = [*getattr(self, "rates", []), optimizer.param_groups[0]["lr"]]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make(self.parameters())
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scheduler_and_a_loss_scaler_work_together(
+    fused: bool, every_recipe: Any, by_hand: Any, matrix_net: Any, matrix_batch: Any, matrix_trainer: Any
+) -> None:
+    bad = (3, 9, 10, 11, 16)
+
+    def make(parameters: Any) -> Any:
+        return adamw(parameters, fused=fused)
+
+    module = Scheduled(matrix_net(torch.float32), matrix_batch, make, bad)
+    trainer = matrix_trainer(STEPSparsityCallback(recipe=every_recipe[1]), steps=STEPS + len(bad), plugins=[ScaledOnly()])
+    trainer.fit(module)
+    assert len(module.rates) == STEPS
+    expected = by_hand(every_recipe[0], "AdamW", [(lr, (0.9, 0.98)) for lr in module.rates], dtype=torch.float32)
+    for ours, theirs in zip(module.history, expected, strict=True):
+        for key, weight in ours.items():
+            torch.testing.assert_close(weight, theirs[key], rtol=1e-4, atol=1e-5)
