@@ -239,7 +239,6 @@ def compiled(blocks, x, masks=()):
     return graphs, outputs
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
 def test_compiled_blocks_share_graphs_and_recompile_once_at_the_switch():
     blocks = nn.Sequential(*(Block(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(12)))
     masked, pruned, x = copy.deepcopy(blocks), copy.deepcopy(blocks), torch.randn(3, 8, requires_grad=True)

@@ -51,6 +51,51 @@ def test_a_pruned_weight_learns_from_the_loss_at_the_masked_weight():
     assert weight.grad.tolist() == [6.0, 2.0]  # 2 (w + 1) at the masked weight (2, 0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_bit_is_kept_both_ways(dtype):
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, -math.nan, 1e-40, -3.0], dtype=dtype)
+    weight = special.repeat(2).requires_grad_()
+    mask = torch.arange(16) < 8
+    upstream = special.roll(1).repeat(2)
+    masked = straight_through(weight, mask)
+    (grad,) = torch.autograd.grad(masked, weight, upstream)
+    expected = torch.cat([special, torch.zeros_like(special)])
+    assert torch.equal(masked.detach().view(bits), expected.view(bits))
+    assert torch.equal(grad.view(bits), upstream.view(bits))
+
+
+def test_the_weight_itself_is_left_as_it_is():
+    weight, mask = torch.ones(2, requires_grad=True), torch.tensor([True, False])
+    masked = straight_through(weight, mask)
+    masked.detach().zero_()
+    assert weight.tolist() == [1.0, 1.0]
+    assert mask.tolist() == [True, False]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own
+def test_forward_mode_passes_the_tangent_unchanged():
+    weight, tangent = torch.randn(4), torch.randn(4)
+    mask = torch.tensor([True, False, False, True])
+    masked, moved = torch.func.jvp(lambda w: straight_through(w, mask), (weight,), (tangent,))
+    assert torch.equal(masked, apply_mask(weight, mask))
+    assert torch.equal(moved, tangent)
+    for jacobian in (torch.func.jacfwd, torch.func.jacrev):
+        assert torch.equal(jacobian(lambda w: straight_through(w, mask))(weight), torch.eye(4))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_it_is_traced_in_one_graph_and_without_a_warning(backend):
+    weight, mask, upstream = random_case(torch.float32)
+    weight.requires_grad_()
+    torch._dynamo.reset()
+    masked = torch.compile(straight_through, backend=backend, fullgraph=True)(weight, mask)
+    masked.backward(upstream)
+    torch._dynamo.reset()
+    assert torch.equal(masked, apply_mask(weight, mask))
+    assert torch.equal(weight.grad, upstream)
+
+
 def test_dropped_weights_are_plus_zero():
     masked = straight_through(-torch.ones(3), torch.tensor([False, True, False]))
     assert masked.signbit().tolist() == [False, True, False]
