@@ -22,7 +22,8 @@ class RAdamAdapter(AdamAdapter):
     r"""Adapter of ``torch.optim.RAdam``: for-loop, foreach, capturable, maximize, coupled and decoupled decay, tensor lr.
 
     Nothing freezes while :math:`\rho_t \le 5` (5 steps at the default betas), where RAdam does not look at v; a switch that
-    comes earlier waits. After it the rectification goes on with the step, as a schedule of the rate.
+    comes earlier waits. After it the rectification goes on with the step, as a schedule of the rate, and ``max_step``
+    counts rectified rates.
 
     Example:
         >>> RAdamAdapter().moments({"betas": (0.9, 0.99), "eps": 1e-8}).beta2
