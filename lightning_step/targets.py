@@ -1,11 +1,4 @@
-"""Which tensors get masks, grouped along which dimension, and why the others are left out.
-
-Note [Group dimension]
-    Groups run along the input (reduction) dimension of the product the layer computes, because that is where sparse
-    hardware skips work. Linear ``(out, in)``: dim 1. Conv ``(out, in, ...)``: dim 1, the input channels of one output
-    channel at one kernel position. Transposed conv ``(in, out, ...)``: dim 0. Hugging Face ``Conv1D`` ``(in, out)``: dim 0.
-    Attention projections and recurrent weights ``(out, in)``: dim 1.
-"""
+"""Which tensors get masks, grouped along which dimension, and why the others are left out."""
 
 from __future__ import annotations
 
@@ -19,10 +12,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_step.errors import ArgumentTypeError, TargetError
 from lightning_step.globs import Selection
+from lightning_step.group_dims import group_dim, groups_of_channels
 from lightning_step.masked_classes import original_class
 from lightning_step.naming import named_modules
 from lightning_step.pattern import NMPattern
-from lightning_step.recurrent import is_recurrent_weight
 
 __all__ = ["LeftOut", "Overrides", "Target", "Targets", "find_targets"]
 
@@ -147,7 +140,7 @@ def _judge(
     refused = selection.refusal(names)
     if refused is not None:
         return refused
-    places = {_group_dim(use) for use in _products(uses)}
+    places = {group_dim(use.module, use.attribute) for use in _products(uses)}
     if _is_tied_embedding(uses) and not selection.names_exactly(names):
         return f"tied to an embedding (name {names[-1]!r} in `include` to mask both)"
     if None in places or len(places) > 1:
@@ -170,7 +163,7 @@ def _why_not_this_tensor(use: _Use, parameter: nn.Parameter, pattern: NMPattern,
     if parameter.numel() < min_weights:
         return f"too small ({parameter.numel()} weights < min_weights={min_weights})"
     size = parameter.shape[dim]
-    groups = getattr(use.module, "groups", 1) if _is_transposed(use.module) else 1
+    groups = groups_of_channels(use.module)
     if size // groups % pattern.m:
         within = f" within each of {groups} groups" if groups > 1 else ""
         return f"size {size // groups} along dim {dim}{within} is not divisible by m={pattern.m}"
@@ -187,33 +180,10 @@ def _uses(model: nn.Module) -> Iterator[list[_Use]]:
     yield from by_parameter.values()
 
 
-def _group_dim(use: _Use) -> int | None:
-    """See Note [Group dimension]; None where the layer does not multiply by the tensor."""
-    module, attribute = use.module, use.attribute
-    if isinstance(module, nn.MultiheadAttention):
-        return 1 if attribute in {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"} else None
-    if is_recurrent_weight(module, attribute):
-        return 1
-    if attribute != "weight":
-        return None
-    if _is_transposed(module) or _is_hf_conv1d(module):
-        return 0
-    return 1 if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) else None
-
-
 def _products(uses: list[_Use]) -> list[_Use]:
     """The uses that say how to group; all of them where there are only embeddings, which are then left out."""
     # An embedding is a look-up, not a product: only ever masked together with the head that it is tied to.
     return [use for use in uses if not isinstance(use.module, nn.Embedding)] or uses
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    return isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-
-
-def _is_hf_conv1d(module: nn.Module) -> bool:
-    # By name, so that transformers need not be installed, let alone imported.
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
 def _is_tied_embedding(uses: list[_Use]) -> bool:
@@ -223,7 +193,7 @@ def _is_tied_embedding(uses: list[_Use]) -> bool:
 
 def _why_not_a_product(uses: list[_Use], places: set[int | None]) -> str:
     if None in places:
-        stranger = next(use for use in _products(uses) if _group_dim(use) is None)
+        stranger = next(use for use in _products(uses) if group_dim(use.module, use.attribute) is None)
         if isinstance(stranger.module, nn.Embedding):
             return "an embedding: a look-up, not a product"
         if isinstance(stranger.module, ParametrizationList):
