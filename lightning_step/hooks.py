@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-__all__ = ["StepHooks"]
+from lightning_step.errors import OptimizerError
+
+__all__ = ["StepHooks", "check_bare"]
 
 
 class StepHooks:
@@ -81,6 +83,26 @@ class StepHooks:
     def _post_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not _within_another_step(optimizer):
             self._after()
+
+
+def check_bare(optimizer: Optimizer) -> None:
+    """Refuse a wrapper around the optimizer that steps: hooks on it would not run, or not at the right time.
+
+    Args:
+        optimizer: Any torch optimizer.
+
+    Raises:
+        OptimizerError: If it holds another one.
+
+    Example:
+        >>> check_bare(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
+    """
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, Optimizer):
+        raise OptimizerError(
+            f"Expected the optimizer that steps, but got {type(optimizer).__name__}, a wrapper around "
+            f"{type(inner).__name__}. Pass the one inside, `optimizer.optimizer`; the loop goes on with the wrapper."
+        )
 
 
 def _within_another_step(optimizer: Optimizer) -> bool:

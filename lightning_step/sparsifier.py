@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_step.events import SwitchEvent, bad_gradient, bad_moment, no_moment
 from lightning_step.freezing import FrozenStep
-from lightning_step.hooks import StepHooks
+from lightning_step.hooks import StepHooks, check_bare
 from lightning_step.masking import MaskSet, parameter_of
 from lightning_step.parametrization import install_masks
 from lightning_step.pattern import NMPattern
@@ -50,7 +50,7 @@ class Sparsifier:
 
     Raises:
         TargetError: If there is nothing to mask, or the optimizer holds none of it.
-        OptimizerError: If the recipe freezes the second moment of an optimizer nobody knows.
+        OptimizerError: If it is a wrapper around another one, or the recipe freezes a second moment nobody can read.
         ConfigurationError: If the recipe's limits do not fit the run.
 
     Example:
@@ -99,6 +99,7 @@ class Sparsifier:
         self._live = False  # between the hooks of a step that has gradients
         self._resumed = False  # from `load_state_dict` to the check before the next step
 
+        check_bare(optimizer)
         found = find_targets(
             model, NMPattern(n, m), include=include, exclude=exclude, overrides=overrides, min_weights=min_weights
         )
@@ -267,7 +268,9 @@ class Sparsifier:
         if bad:
             self._warn("moment", bad_moment(bad, self.t))
             return []
-        unseen = frozen.unseen() if self.t else []
+        if not self.t:  # what a restored optimizer holds already may be a preconditioner
+            return []
+        unseen = frozen.unseen()
         if unseen:
             self._warn("gradients", no_moment(unseen, self.t))
         return frozen.freeze()

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import StepLR
 
-from lightning_step.hooks import StepHooks
+from lightning_step.errors import OptimizerError
+from lightning_step.hooks import StepHooks, check_bare
 
 KINDS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -209,3 +210,26 @@ def test_a_step_within_the_step_of_another_optimizer_counts():
     weight.grad = torch.ones(2)
     outer.step(lambda: optimizer.step())
     assert log == ["before", "after"]
+
+
+# Wrappers -----------------------------------------------------------------------------------------------------------
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Hands everything on, as those of Fabric and accelerate do; torch never hears of it."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+def test_a_wrapper_is_refused_and_the_one_inside_is_not():
+    _, optimizer = make()
+    check_bare(optimizer)
+    message = (
+        r"the optimizer that steps, but got Wrapper, a wrapper around SGD\. Pass the one inside, `optimizer\.optimizer`"
+    )
+    with pytest.raises(OptimizerError, match=message):
+        check_bare(Wrapper(optimizer))

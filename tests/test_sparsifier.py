@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Adam, AdamW
 
 from lightning_step import ASP, SRSTE, STEP, AtStep, AutoSwitch, Dense, Sparsifier, SwitchEvent, nm_masks
-from lightning_step.errors import ResumeError
+from lightning_step.errors import OptimizerError, ResumeError
 
 SWITCH = 5
 STEPS = 11
@@ -360,3 +360,31 @@ def test_one_tensor_with_a_gradient_is_enough_for_the_switch_and_no_warning():
     run.train(4)
     assert run.sparsifier.frozen == ["2.weight"]
     assert run.sparsifier.phase == 2
+
+
+def test_a_driver_made_after_the_optimizer_was_restored_freezes_nothing_twice():
+    recipe = STEP(AtStep(0))
+    run = Run(recipe).train(4)
+    assert run.sparsifier.events[0].step == 1  # the first step is needed: before it there is nothing to freeze
+    weights, moments, state = taken(run)
+    expected = taken(run.train(STEPS, 4))
+
+    class Restored(Run):
+        def __init__(self):
+            self.model, self.schedule = make_net(), None
+            self.model.load_state_dict(weights)
+            self.optimizer = IMPLEMENTATIONS["AdamW-foreach"](self.model.parameters())
+            self.optimizer.load_state_dict(moments)
+            self.sparsifier = Sparsifier(self.model, self.optimizer, recipe=recipe, read_every=1)
+            self.sparsifier.load_state_dict(state)
+
+    assert same(taken(Restored().train(STEPS, 4)), expected)
+
+
+def test_a_wrapped_optimizer_is_refused_before_the_model_is_touched():
+    model = make_net()
+    optimizer = AdamW(model.parameters())
+    optimizer.optimizer = AdamW(model.parameters())
+    with pytest.raises(OptimizerError, match="Expected the optimizer that steps, but got AdamW, a wrapper around AdamW"):
+        Sparsifier(model, optimizer, recipe=SRSTE())
+    assert nm_masks(model) == {}
