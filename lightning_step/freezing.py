@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_step.errors import ResumeError
 from lightning_step.optim import SecondMomentAdapter
 from lightning_step.recipes import Freeze
+from lightning_step.sharding import local, whole_count
 
 __all__ = ["FrozenStep"]
 
@@ -63,7 +64,7 @@ class FrozenStep:
             The names.
         """
         moments = {name: self._adapter.second_moment(self._optimizer, p) for name, p in self._parameters.items()}
-        return [name for name, v in moments.items() if v is not None and not bool(torch.isfinite(v).all())]
+        return [n for n, v in moments.items() if v is not None and whole_count(v, ~torch.isfinite(local(v)))]
 
     def unseen(self) -> list[str]:
         """Names of all that should freeze, if no gradient but zero has reached any of them.
@@ -72,7 +73,7 @@ class FrozenStep:
             The names; nothing once there is a second moment to freeze.
         """
         moments = (self._adapter.second_moment(self._optimizer, parameter) for parameter in self._parameters.values())
-        seen = any(v is not None and bool(v.any()) for v in moments)
+        seen = any(v is not None and whole_count(v, local(v) != 0) for v in moments)
         return [] if seen else list(self._parameters)
 
     def freeze(self) -> list[str]:

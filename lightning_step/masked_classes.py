@@ -13,14 +13,17 @@ Note [Classes on top]
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn, Protocol
 
 from torch import Tensor, nn
 
 from lightning_step.errors import ConfigurationError
 from lightning_step.recurrent import recurrent_members
+from lightning_step.sharding import any_sharded
 
 __all__ = ["masks_of", "masks_off", "original_class", "put_mask", "take_masks"]
 
@@ -175,12 +178,24 @@ def _masked_property(attribute: str) -> property:
     def read(self: nn.Module) -> Any:
         if attribute not in self._parameters:
             raise _taken_away(self, attribute)
-        return self._nm_masks[attribute](self._parameters[attribute])  # type: ignore[index, operator]
+        parameter = self._parameters[attribute]
+        if parameter is not None and any_sharded((parameter,)) and _keeps_what_it_reads(sys._getframe(1)):
+            return parameter
+        return self._nm_masks[attribute](parameter)  # type: ignore[index, operator]
 
     def refuse(self: nn.Module, value: Any) -> NoReturn:  # a Parameter never comes here: nn.Module registers it
         raise _taken_away(self, attribute)
 
     return property(read, refuse, doc="The masked weight; the latent one is registered under the same name.")
+
+
+def _keeps_what_it_reads(reader: FrameType) -> bool:
+    """Whether a sharded weight is read by FSDP2, which makes what it reads the parameter to train.
+
+    It does so before the first forward pass and after every ``load_state_dict``. Given the masked weight, it would gather
+    and train that temporary from then on, and the optimizer's parameter would never see a gradient again.
+    """
+    return reader.f_code.co_name == "reset_sharded_param"
 
 
 def _delete(self: nn.Module, name: str) -> None:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_step.functional import apply_mask, flip_rate_update, pruned_part, ratio_compute
+from lightning_step.naming import submodule
 from lightning_step.parametrization import NMMask
 from lightning_step.pattern import NMPattern
 from lightning_step.recipes import Recipe
+from lightning_step.sharding import Reduce, all_reduce, any_sharded, local, shards
 from lightning_step.targets import Target
 
 __all__ = ["MaskSet"]
@@ -30,6 +32,7 @@ class MaskSet:
         targets: The masked tensors.
         masks: Target name to its mask.
         recipe: What to do with them.
+        reduce: Adds a tensor up over all processes.
 
     Example:
         >>> from lightning_step import NMPattern, STE, apply_nm_masks
@@ -42,7 +45,14 @@ class MaskSet:
         (True, 16)
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[Target], masks: Mapping[str, NMMask], recipe: Recipe) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        masks: Mapping[str, NMMask],
+        recipe: Recipe,
+        reduce: Reduce = all_reduce,
+    ) -> None:
         self.parameters: dict[str, nn.Parameter] = {t.name: parameter_of(model, t) for t in targets}
         self._targets = {t.name: t for t in targets}
         self._masks = {t.name: masks[t.name] for t in targets}
@@ -50,6 +60,7 @@ class MaskSet:
         self._rule = self._plan.gradient
         self._before: dict[str, Tensor] = {}  # bool masks, only between the hooks of a step that needs them
         self._measure = False
+        self._reduce = reduce
         # Masks left over from an earlier fit are switched by this recipe from now on.
         self.enable(False, 0)
 
@@ -80,7 +91,8 @@ class MaskSet:
         self.enable(True, t)
         if self._rule.fixed:
             for name, parameter in self.parameters.items():
-                _hold(parameter, self._masks[name].mask(parameter))
+                weight = local(parameter)
+                _hold(weight, self._masks[name].mask(weight))
 
     def edit_gradients(self, grad_scale: Tensor | None) -> None:
         r"""Add :math:`\lambda\,(1-\Pi)\odot w` to the gradients that the optimizer is about to use.
@@ -92,10 +104,11 @@ class MaskSet:
             return
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                term = pruned_part(parameter, self._masks[name].mask(parameter))
+                weight = local(parameter)
+                term = pruned_part(weight, self._masks[name].mask(weight))
                 if grad_scale is not None:
                     term *= grad_scale.to(term)
-                parameter.grad.add_(term, alpha=self._rule.lam)
+                local(parameter.grad).add_(term, alpha=self._rule.lam)
 
     def before_step(self, *, measure: bool) -> None:
         """Remember the masks, where something after the step has to know them.
@@ -106,7 +119,7 @@ class MaskSet:
         self._measure = measure and self.enabled
         self._before.clear()
         if self._measure or (self.enabled and self._rule.fixed):
-            self._before = {name: self._masks[name].mask(p) for name, p in self.parameters.items()}
+            self._before = {name: self._masks[name].mask(local(p)) for name, p in self.parameters.items()}
 
     def after_step(self, t: int) -> float | None:
         """Hold fixed masks, bring the patterns up to date, measure.
@@ -119,7 +132,7 @@ class MaskSet:
         """
         if self.enabled and self._rule.fixed:
             for name, mask in self._before.items():
-                _hold(self.parameters[name], mask)
+                _hold(local(self.parameters[name]), mask)
         if self.enabled:
             for name, current in self._masks.items():
                 current.pattern = self._pattern(name, t)
@@ -132,13 +145,14 @@ class MaskSet:
 
     def _flip_rate(self) -> float:
         pairs = [
-            flip_rate_update(before, self._masks[name].mask(self.parameters[name])).cpu()
+            flip_rate_update(before, self._masks[name].mask(local(self.parameters[name]))) * shards(self.parameters[name])
             for name, before in self._before.items()
         ]
-        return ratio_compute(torch.stack(pairs).sum(0))
+        total = torch.stack([pair.to(pairs[0].device) for pair in pairs]).sum(0)
+        # Replicas have flipped the same entries: there is nothing to add up, and nothing to wait for.
+        return ratio_compute(self._reduce(total) if any_sharded(self.parameters.values()) else total)
 
 
-def parameter_of(model: nn.Module, target: Target) -> nn.Parameter:
 def _hold(parameter: Tensor, mask: Tensor) -> None:
     """Prune, in place; what is kept stays apart from what is pruned. See Note [Kept zeros]."""
     zeros = mask & (parameter == 0)
@@ -146,6 +160,7 @@ def _hold(parameter: Tensor, mask: Tensor) -> None:
     parameter.masked_fill_(zeros, torch.finfo(parameter.dtype).smallest_normal)
 
 
+def parameter_of(model: nn.Module, target: Target) -> nn.Parameter:
     """The latent weight behind a target.
 
     Args:
@@ -162,6 +177,6 @@ def _hold(parameter: Tensor, mask: Tensor) -> None:
         True
     """
     module_name, attribute = target.owners[0]
-    parameter = model.get_submodule(module_name)._parameters[attribute]
+    parameter = submodule(model, module_name)._parameters[attribute]
     assert parameter is not None  # a target is only made of a parameter that is there
     return parameter

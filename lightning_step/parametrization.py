@@ -23,6 +23,7 @@ from lightning_step.functional import apply_mask, magnitude_mask, straight_throu
 from lightning_step.masked_classes import masks_of, masks_off, put_mask, take_masks
 from lightning_step.naming import named_modules, submodule
 from lightning_step.pattern import NMPattern
+from lightning_step.sharding import check_groups, like, local, reshard
 from lightning_step.targets import Overrides, Target, Targets, find_targets
 
 __all__ = ["Gradient", "NMMask", "apply_nm_masks", "install_masks", "latent_weights", "nm_masks", "strip"]
@@ -80,7 +81,7 @@ class NMMask(nn.Module):
             >>> NMMask(NMPattern(1, 2)).mask(torch.tensor([1., -2.]))
             tensor([False,  True])
         """
-        return magnitude_mask(weight, self.pattern, self.dim)
+        return like(magnitude_mask(local(weight.detach()), self.pattern, self.dim), weight)  # see Note [Shards]
 
     def forward(self, weight: Tensor) -> Tensor:
         """Mask a weight.
@@ -164,6 +165,7 @@ def apply_nm_masks(
         >>> int(layer.weight.count_nonzero()), list(layer.state_dict())
         (16, ['weight', 'bias'])
     """
+    reshard(model)
     targets = find_targets(model, pattern, include=include, exclude=exclude, overrides=overrides, min_weights=min_weights)
     install_masks(model, targets.masked, enabled=enabled)
     return targets
@@ -181,7 +183,7 @@ def install_masks(model: nn.Module, targets: Sequence[Target], *, enabled: bool 
         Target name to its mask.
 
     Raises:
-        ConfigurationError: If a tensor has a mask of another pattern or dimension already.
+        ConfigurationError: If a tensor has a mask of another pattern or dimension already, or is sharded inside a group.
 
     Example:
         >>> layer = nn.Linear(8, 4)
@@ -189,6 +191,11 @@ def install_masks(model: nn.Module, targets: Sequence[Target], *, enabled: bool 
         {'weight': NMMask(2:4 along dim 1, straight_through, off)}
     """
     masks: dict[str, NMMask] = {}
+    for target in targets:
+        module_name, attribute = target.owners[0]
+        parameter = submodule(model, module_name)._parameters[attribute]
+        if parameter is not None:
+            check_groups(target.name, parameter, target.dim, target.pattern.m)
     for target in targets:
         present = [masks_of(submodule(model, name)).get(attribute) for name, attribute in target.owners]
         mask = next((m for m in present if m is not None), None) or NMMask(target.pattern, target.dim, enabled=enabled)
@@ -266,13 +273,15 @@ def strip(model: nn.Module) -> list[str]:
         >>> strip(layer), type(layer) is nn.Linear, int(layer.weight.count_nonzero())
         (['weight'], True, 16)
     """
+    reshard(model)
     hardened: list[str] = []
     done: set[int] = set()  # a shared tensor is zeroed once, under its first name
     for name, module in named_modules(model):
         for attribute, mask in masks_of(module).items():
             parameter = module._parameters[attribute]
             if mask.enabled and parameter is not None and id(parameter) not in done:
-                parameter.copy_(apply_mask(parameter, mask.mask(parameter)))
+                weight = local(parameter)
+                weight.copy_(apply_mask(weight, mask.mask(weight)))
                 done.add(id(parameter))
                 hardened.append(f"{name}.{attribute}" if name else attribute)
         if masks_of(module):

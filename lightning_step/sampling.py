@@ -1,9 +1,18 @@
-"""Samples of how much the second moment moves, taken without a copy of it and read back only now and then."""
+"""Samples of how much the second moment moves, taken without a copy of it and read back only now and then.
+
+Note [One sum for all processes]
+    Under FSDP2 a process holds shards of v, and one of them may hold none of some tensor. Every observed step leaves one
+    (sum, count) pair on every process, zeros if there is nothing to add, and that pair is added up over processes at once:
+    as many collectives everywhere, whatever the gradients are, and none when samples are read or saved, which one process
+    may do alone. Replicas (DDP) would agree without; they are added up too, because under local SGD or on unlike devices
+    they drift apart, and a run whose processes switch at different steps would be lost without a word. A shard counts as
+    often as a replica does, and the coordinates read are those that a single process would read.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +20,9 @@ from torch.optim import Optimizer
 
 from lightning_step.functional import Statistic, second_moment_change, statistic_compute, statistic_update
 from lightning_step.optim import SecondMomentAdapter
+from lightning_step.sharding import Reduce, all_reduce, first_row, local, shards
 
-__all__ = ["Reduce", "SecondMomentSampler"]
-
-Reduce = Callable[[Tensor], Tensor]
-"""Adds a tensor up over all processes."""
+__all__ = ["SecondMomentSampler"]
 
 
 class SecondMomentSampler:
@@ -30,7 +37,7 @@ class SecondMomentSampler:
         parameters: The tensors in scope.
         statistic: Which statistic.
         max_coordinates: Read at most about this many coordinates, a fixed strided subset of each tensor.
-        reduce: Adds the pairs up over all processes; None in a single one.
+        reduce: Adds a pair up over all processes.
 
     Example:
         >>> from lightning_step.optim import adapter_for
@@ -51,16 +58,17 @@ class SecondMomentSampler:
         statistic: Statistic,
         *,
         max_coordinates: int = 65_536,
-        reduce: Reduce | None = None,
+        reduce: Reduce = all_reduce,
     ) -> None:
         self.non_finite = 0  # samples dropped because a gradient was not finite
         self._optimizer = optimizer
         self._adapter = adapter
         self._scope = set(parameters)
+        self._device = local(parameters[0]).device
         self._statistic: Statistic = statistic
         self._stride = _stride(sum(parameter.numel() for parameter in parameters), max_coordinates)
         self._reduce = reduce
-        self._pending: list[Tensor] = []  # each (2,), float32, on the device
+        self._pending: list[Tensor] = []  # each (2,), on the device, added up over all processes
 
     @torch.no_grad()
     def observe(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
@@ -70,16 +78,16 @@ class SecondMomentSampler:
             found_inf: Non-zero where a loss scaler is about to skip the step (fused optimizers): no sample then.
             grad_scale: Factor that is still in the gradients (fused optimizers).
         """
-        pairs = [pair for group in self._optimizer.param_groups for pair in self._pairs(group, grad_scale)]
-        if not pairs:
-            return
-        pair = torch.stack([p.to(pairs[0].device) for p in pairs]).sum(0)
+        pair = torch.zeros(2, device=self._device)
+        for group in self._optimizer.param_groups:
+            for part in self._pairs(group, grad_scale):
+                pair += part.to(pair.device)
         if found_inf is not None:
             pair = torch.where(found_inf.to(pair.device) > 0, torch.zeros_like(pair), pair)
-        self._pending.append(pair)
+        self._pending.append(self._reduce(pair))
 
     def read(self) -> list[float]:
-        """Bring the samples since the last call to the host: the only synchronization.
+        """Bring the samples since the last call to the host: the only wait for the device.
 
         Returns:
             One value per step, oldest first. Steps with a non-finite gradient, skipped steps and steps in which no
@@ -89,23 +97,21 @@ class SecondMomentSampler:
             return []
         stacked = torch.stack(self._pending).double()
         self._pending.clear()
-        if self._reduce is not None:
-            stacked = self._reduce(stacked)
         values = [statistic_compute(total, count, self._statistic) for total, count in stacked.tolist() if count]
         finite = [value for value in values if math.isfinite(value)]
         self.non_finite += len(values) - len(finite)
         return finite
 
     def _pairs(self, group: dict[str, object], grad_scale: Tensor | None) -> Iterator[Tensor]:
-        by_device: dict[torch.device, list[Tensor]] = {}
+        alike: dict[tuple[torch.device, int], list[Tensor]] = {}
         for parameter in group["params"]:  # type: ignore[attr-defined]
             if parameter in self._scope and parameter.grad is not None:
-                by_device.setdefault(parameter.device, []).append(parameter)
-        for parameters in by_device.values():
+                alike.setdefault((parameter.device, shards(parameter)), []).append(parameter)
+        for (_, weight), parameters in alike.items():
             grads, second = zip(*(self._slices(group, p, grad_scale) for p in parameters), strict=True)
             v = torch.cat(second)
             change = second_moment_change(torch.cat(grads), v, self._adapter.moments(group).beta2)
-            yield statistic_update(change, v + change, self._statistic)
+            yield statistic_update(change, v + change, self._statistic) * weight
 
     def _slices(self, group: dict[str, object], parameter: Tensor, grad_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         assert parameter.grad is not None  # _pairs only passes parameters with a gradient
@@ -117,7 +123,9 @@ class SecondMomentSampler:
         return grad, torch.zeros_like(grad) if second is None else self._subset(second)
 
     def _subset(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().reshape(-1)[:: self._stride].float()
+        part, first = local(tensor).detach(), first_row(tensor) or 0
+        skipped = first * math.prod(tensor.shape[1:])  # what other processes hold of the tensor before this part
+        return part.reshape(-1)[-skipped % self._stride :: self._stride].float()
 
 
 def _stride(total: int, max_coordinates: int) -> int:

@@ -18,10 +18,11 @@ from lightning_step.parametrization import install_masks
 from lightning_step.pattern import NMPattern
 from lightning_step.recipes import STEP, Decision, Recipe, Watcher
 from lightning_step.resume import STATE_VERSION, check_config, check_version, config_of
-from lightning_step.sampling import Reduce, SecondMomentSampler
+from lightning_step.sampling import SecondMomentSampler
+from lightning_step.sharding import Reduce, all_reduce, reshard
 from lightning_step.targets import Overrides, find_targets
 from lightning_step.watching import Role, SwitchBoard
-from lightning_step.wiring import adapter_of, clock_of, frozen_step, held_by, switches
+from lightning_step.wiring import adapter_of, clock_of, frozen_step, held_by, only_makes_state, switches
 
 __all__ = ["Sparsifier"]
 
@@ -44,14 +45,14 @@ class Sparsifier:
         min_weights: Tensors with fewer weights stay dense.
         read_every: Bring variance samples to the host and decide every so many optimizer steps.
         max_coordinates: Sample the variance change on about this many coordinates at most.
-        measure_every: Measure the mask flip rate every so many optimizer steps; 0: never.
-        reduce: Adds a tensor up over all processes, where each sees only a shard of the second moment.
+        measure_every: Measure the mask flip rate every so many optimizer steps, the same on every process; 0: never.
+        reduce: Adds a tensor up over all processes that train this model; by default over all of ``torch.distributed``.
         on_event: Called at every switch.
 
     Raises:
         TargetError: If there is nothing to mask, or the optimizer holds none of it.
         OptimizerError: If it is a wrapper around another one, or the recipe freezes a second moment nobody can read.
-        ConfigurationError: If the recipe's limits do not fit the run.
+        ConfigurationError: If the recipe's limits do not fit the run, or shards cut groups in two.
 
     Example:
         >>> import torch
@@ -85,7 +86,7 @@ class Sparsifier:
         read_every: int = 10,
         max_coordinates: int = 65_536,
         measure_every: int = 0,
-        reduce: Reduce | None = None,
+        reduce: Reduce = all_reduce,
         on_event: Callable[[SwitchEvent], None] | None = None,
     ) -> None:
         self.recipe = STEP() if recipe is None else recipe
@@ -93,12 +94,14 @@ class Sparsifier:
         self.events: list[SwitchEvent] = []
         self.measure_every = measure_every
         self._optimizer = optimizer
+        self._reduce = reduce
         self._on_event = on_event
         self._flip_rate: float | None = None
         self._warned: set[str] = set()
         self._live = False  # between the hooks of a step that has gradients
         self._resumed = False  # from `load_state_dict` to the check before the next step
 
+        reshard(model)
         check_bare(optimizer)
         found = find_targets(
             model, NMPattern(n, m), include=include, exclude=exclude, overrides=overrides, min_weights=min_weights
@@ -118,7 +121,8 @@ class Sparsifier:
         self._new_board = partial(SwitchBoard, switches(self.recipe), clock, make_sampler, read_every=max(1, read_every))
         self._board = self._new_board()
         # All that can be refused has been refused: only now is the model touched.
-        self._masks = MaskSet(model, self.targets.masked, install_masks(model, self.targets.masked), self.recipe)
+        masks = install_masks(model, self.targets.masked)
+        self._masks = MaskSet(model, self.targets.masked, masks, self.recipe, reduce)
         self._frozen = frozen_step(self.recipe, adapter, optimizer, model, self._masks)
         self.notes = self._board.notes  # what a user should know before the first step
         self._hooks = StepHooks(optimizer, self._before_step, self._after_step)
@@ -200,7 +204,9 @@ class Sparsifier:
 
     def _before_step(self) -> None:
         self._live = any(p.grad is not None for group in self._optimizer.param_groups for p in group["params"])
-        if not self._live:  # the stock step moves nothing either
+        # Without gradients the stock step moves nothing either.
+        self._live = self._live and not only_makes_state(self._optimizer, self._reduce)
+        if not self._live:
             return
         if self._resumed:
             self.check_restored()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -12,10 +13,11 @@ from lightning_step.naming import plain_name
 from lightning_step.optim import SecondMomentAdapter, adapter_for
 from lightning_step.optim.refused import check_holds_zeros
 from lightning_step.recipes import AtStep, Clock, Recipe, Switch
+from lightning_step.sharding import Reduce, any_sharded, local
 from lightning_step.targets import LeftOut, Targets
 from lightning_step.watching import Role
 
-__all__ = ["adapter_of", "clock_of", "frozen_step", "held_by", "needs_adapter", "switches"]
+__all__ = ["adapter_of", "clock_of", "frozen_step", "held_by", "needs_adapter", "only_makes_state", "switches"]
 
 
 def adapter_of(recipe: Recipe, optimizer: Optimizer) -> SecondMomentAdapter | None:
@@ -172,3 +174,30 @@ def clock_of(adapter: SecondMomentAdapter | None, optimizer: Optimizer, total_st
     # Groups may differ: the longest memory sets the window, the strictest eps the threshold.
     moments = [adapter.moments(group) for group in optimizer.param_groups]
     return Clock(total_steps, max(m.beta2 for m in moments), min(m.eps for m in moments))
+
+
+def only_makes_state(optimizer: Optimizer, reduce: Reduce) -> bool:
+    """Whether a step is none, but made at rate 0 with zero gradients so that the optimizer makes its state.
+
+    ``torch.distributed.checkpoint`` takes such a step before it loads or saves an optimizer that has no state yet. All
+    that it must not do is count.
+
+    Args:
+        optimizer: The optimizer, about to step.
+        reduce: Adds a tensor up over all processes.
+
+    Returns:
+        True if it is no step of training.
+
+    Example:
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> weight.grad = torch.zeros(1)
+        >>> [only_makes_state(torch.optim.Adam([weight], lr=lr), lambda total: total) for lr in (0.0, 0.1)]
+        [True, False]
+    """
+    if optimizer.state or any(float(group.get("lr", 1)) for group in optimizer.param_groups):
+        return False
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    moved = torch.stack([local(grad).count_nonzero().to(local(grads[0]).device) for grad in grads]).sum()
+    # One process may hold nothing but zeros of a gradient: what it is, is said by all.
+    return not bool(reduce(moved) if any_sharded(grads) else moved)

@@ -179,9 +179,9 @@ def test_a_subset_of_the_coordinates_is_close_to_all_and_no_larger_than_asked():
     optimizer, parameters = make(shapes=((300, 64), (5000,), (100, 100)))
     counted = []
 
-    def look(pairs):
-        counted.append(pairs[:, 1].tolist())
-        return pairs
+    def look(pair):
+        counted.append(pair[1].item())
+        return pair
 
     subset = sampler_of(optimizer, parameters, max_coordinates=2000, reduce=look)
     full = sampler_of(optimizer, parameters, max_coordinates=34_200, reduce=look)
@@ -191,7 +191,7 @@ def test_a_subset_of_the_coordinates_is_close_to_all_and_no_larger_than_asked():
         full.observe()
         optimizer.step()
     assert subset.read() == pytest.approx(full.read(), rel=0.15)
-    (few,), (all_of_them,) = set(counted[0]), set(counted[1])
+    (few,), (all_of_them,) = set(counted[::2]), set(counted[1::2])
     assert all_of_them == 34_200
     assert 1500 < few <= 2000
 
@@ -211,13 +211,13 @@ def test_a_subset_meets_every_place_of_a_group(size, max_coordinates):
     assert seen == pytest.approx([0.001 / 4] * 4, rel=0.1)
 
 
-def test_reduce_is_given_every_pair_since_the_last_read_at_once():
+def test_every_observed_step_is_added_up_over_processes_at_once_and_reading_needs_nobody():
     optimizer, parameters = make()
     calls = []
 
-    def add_the_other_process(pairs):
-        calls.append(copy.deepcopy(pairs))
-        return pairs + torch.tensor([3.0, 7.0]).to(pairs)
+    def add_the_other_process(pair):
+        calls.append(copy.deepcopy(pair))
+        return pair + torch.tensor([3.0, 7.0]).to(pair)
 
     sampler = sampler_of(optimizer, parameters, reduce=add_the_other_process)
     alone = sampler_of(optimizer, parameters)
@@ -225,9 +225,23 @@ def test_reduce_is_given_every_pair_since_the_last_read_at_once():
         give_gradients(parameters)
         sampler.observe()
         alone.observe()
+    assert len(calls) == 3
     count = sum(p.numel() for p in parameters)
     assert sampler.read() == pytest.approx([(z * count + 3) / (count + 7) for z in alone.read()], rel=1e-5)
-    assert [tuple(pairs.shape) for pairs in calls] == [(3, 2)]
-    assert math.isclose(calls[0][0, 1], count)
+    assert math.isclose(calls[0][1], count)
     assert sampler.read() == []
-    assert len(calls) == 1
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
+def test_a_process_without_a_gradient_or_with_a_skipped_step_adds_zeros_instead_of_staying_away(found_inf):
+    optimizer, parameters = make()
+    calls = []
+    sampler = sampler_of(optimizer, parameters, reduce=lambda pair: calls.append(pair.tolist()) or pair + 1)
+    if found_inf is not None:
+        give_gradients(parameters[: 3 if found_inf else 0])
+        sampler.observe(torch.tensor(found_inf))
+    else:
+        sampler.observe()
+    assert calls == [[0.0, 0.0]]
+    assert sampler.read() == [1.0]  # what the others have seen

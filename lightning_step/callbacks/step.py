@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_step.callbacks.handover import Handover, packed
@@ -242,11 +241,6 @@ class STEPSparsityCallback(pl.Callback):
         return holders
 
     def _sparsifier(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int) -> Sparsifier:
-        def reduce(tensor: Tensor) -> Tensor:
-            total = trainer.strategy.reduce(tensor, reduce_op="sum")
-            assert isinstance(total, Tensor)  # a tensor goes in
-            return total
-
         return Sparsifier(
             pl_module,
             trainer.optimizers[index],
@@ -255,7 +249,6 @@ class STEPSparsityCallback(pl.Callback):
             recipe=self.recipe,
             total_steps=total_steps(trainer, index, self.total_steps),
             measure_every=log_interval(trainer),
-            reduce=reduce if trainer.world_size > 1 else None,
             on_event=self._announce,
             **self._selection,
             **self._sampling,

@@ -19,6 +19,7 @@ from lightning_step.export.manifest import HEADER_KEY, Format, Manifest, SparseT
 from lightning_step.functional import apply_mask, find_violation, pack_nm
 from lightning_step.naming import plain_name
 from lightning_step.parametrization import NMMask, nm_masks
+from lightning_step.sharding import any_sharded, is_first, on_one, reshard, whole
 from lightning_step.targets import Targets
 
 __all__ = ["FORMATS", "Exported", "check_format", "export_model"]
@@ -79,7 +80,8 @@ def export_model(
 ) -> Exported:
     r"""Write :math:`\Pi_T(w_T) \odot w_T` to one safetensors file, verified, its manifest in the header.
 
-    The model is left as it is. The file is there whole or not at all.
+    The model is left as it is. The file is there whole or not at all. If the model is sharded (FSDP2), call this on every
+    process: tensors are gathered, the first process writes, and all return the same or raise the same.
 
     Args:
         model: A model with masks, or, with ``targets``, one whose weights hold their zeros already.
@@ -110,10 +112,40 @@ def export_model(
         >>> torch.equal(plain.weight, layer.weight)
         True
     """
-    path, format = _checked(path), check_format(format)
-    masks = {} if targets is not None else _masks_to_apply(model, one_shot)
+    format = check_format(format)
+    reshard(model)
     tensors, aliases = _tensors(model)
-    tensors = {name: _harden(tensor, masks.get(name)) for name, tensor in tensors.items()}
+    if not any_sharded(tensors.values()):
+        path = _checked(path)
+        masks = {} if targets is not None else _masks_to_apply(model, one_shot)
+        hard = {name: _harden(tensor, masks.get(name)) for name, tensor in tensors.items()}
+        return _export(hard, aliases, masks, path, format, targets, info)
+    # All processes are here, and none leaves before it knows how the first one fared.
+    checked = on_one(lambda: _checked(path))
+    masks = {} if targets is not None else _masks_to_apply(model, one_shot)
+    hard = _gathered(tensors, masks)
+    return on_one(lambda: _export(hard, aliases, masks, checked, format, targets, info))
+
+
+def _gathered(tensors: Mapping[str, Tensor], masks: Mapping[str, NMMask]) -> dict[str, Tensor]:
+    """What `_harden` makes of the whole tensors; only on the process that writes, so that memory holds them once."""
+    hard: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        complete = whole(tensor)
+        if is_first():
+            hard[name] = _harden(complete, masks.get(name))
+    return hard
+
+
+def _export(
+    tensors: dict[str, Tensor],
+    aliases: dict[str, str],
+    masks: Mapping[str, NMMask],
+    path: Path,
+    format: Format,
+    targets: Targets | None,
+    info: Mapping[str, Any] | None,
+) -> Exported:
     sparse = _sparse_entries(tensors, aliases, masks, targets)
     for name, entry in sparse.items():
         _verify(name, tensors[name], entry)

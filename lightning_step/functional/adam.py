@@ -105,7 +105,9 @@ def adam_step(
     return weight - lr * (m / (1 - beta1**t)) / denominator, AdamState(m, v, v_max, t)
 
 
-def preconditioner(v: Tensor, t: int, *, beta2: float, eps: float = 1e-8, form: PreconditionForm = "adam") -> Tensor:
+def preconditioner(
+    v: Tensor, t: int, *, beta2: float, eps: float = 1e-8, form: PreconditionForm = "adam", mean: Tensor | None = None
+) -> Tensor:
     r"""The constant denominator of phase II, made once from the second moment at the switch.
 
     .. math:: D = \sqrt{\hat v_{t_0}} + \epsilon, \qquad \hat v_{t_0} = v_{t_0} / (1-\beta_2^{t_0})
@@ -119,6 +121,7 @@ def preconditioner(v: Tensor, t: int, *, beta2: float, eps: float = 1e-8, form: 
         beta2: Decay of the second moment.
         eps: Adam's epsilon.
         form: ``"adam"`` as above, ``"paper"`` for :math:`\sqrt{v+\epsilon}` on the raw v, unguarded.
+        mean: Mean of the second moment over the whole tensor, where ``v`` is a part of it.
 
     Returns:
         :math:`D`, same shape and dtype, computed in float32 or wider.
@@ -135,7 +138,7 @@ def preconditioner(v: Tensor, t: int, *, beta2: float, eps: float = 1e-8, form: 
         return (wide + eps).sqrt().to(v.dtype)
     v_hat = wide / (1 - beta2**t)
     root = v_hat.sqrt()
-    typical = v_hat.mean().sqrt()
+    typical = (v_hat.mean() if mean is None else mean / (1 - beta2**t)).to(root.dtype).sqrt()
     guarded = torch.where(root > eps, root, torch.maximum(root, typical))
     # Adding eps in float16 would round it away and leave an exact zero to divide by.
     return (guarded + eps).to(v.dtype).clamp_min(torch.finfo(v.dtype).tiny)

@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_step.errors import OptimizerError
 from lightning_step.functional import PreconditionForm, adam_bound, preconditioner
 from lightning_step.optim.base import Moments, SecondMomentAdapter
+from lightning_step.sharding import local, whole_count, whole_mean
 
 __all__ = ["AdamAdapter", "clamp", "on_host"]
 
@@ -73,14 +74,16 @@ class AdamAdapter(SecondMomentAdapter):
             state = optimizer.state.get(parameter)
             # Without a single gradient there is nothing to freeze: a tensor of zeros says nothing about the next gradient.
             # A complex one has two second moments; it is never masked, so it just stays live.
-            if not state or parameter.is_complex() or not bool(state["exp_avg_sq"].any()):
+            if not state or parameter.is_complex() or not whole_count(v := state["exp_avg_sq"], local(v) != 0):
                 continue
             t, moments = int(state["step"]), self.moments(groups[parameter])
             if not self._trusts(t, moments):
                 continue
             v = state.pop("max_exp_avg_sq", state["exp_avg_sq"])
             eps = self._eps(t, moments)
-            state["exp_avg_sq"].copy_(preconditioner(v, t, beta2=moments.beta2, eps=eps, form=form))
+            part, mean = local(v), whole_mean(v)
+            made = preconditioner(part, t, beta2=moments.beta2, eps=eps, form=form, mean=mean)
+            local(state["exp_avg_sq"]).copy_(made)
             frozen.append(parameter)
         return frozen
 
