@@ -157,7 +157,7 @@ def test_a_tensor_of_the_name_that_the_header_takes_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["../../../etc/passwd", "/dev/zero", "a\0b", "~", "..\\..\\con", "__import__('os').abort()"])
+@pytest.mark.parametrize("name", ["../../../etc/passwd", "/dev/zero", "a\0b", "~", "..\\con", "__import__('os').abort()"])
 def test_a_name_is_just_a_name(name, golden, tmp_path, by_hand):
     header = {**golden.header, name: {"dtype": "U8", "shape": [1], "data_offsets": [50, 51]}}
     path = by_hand.put_together(tmp_path / "file", header, golden.data + b"\x07")
