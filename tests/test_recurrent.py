@@ -270,3 +270,13 @@ def test_threads_see_masked_weights_and_the_parameters_at_once(case):
         go_on.set()
         thread.join()
     assert_same(seen["output"], expected)
+
+
+def test_a_forward_pass_does_not_make_the_list_of_the_parameters_anew(case):
+    """It would have to switch the masks off for that, under the eyes of other threads, and cuDNN would move the weights."""
+    _, masked, by, x = case
+    calls = []
+    masked._init_flat_weights = lambda: calls.append("init")
+    assert_same(flat(masked(x)), flat(by(x)))
+    copy.copy(masked)
+    assert calls == []
