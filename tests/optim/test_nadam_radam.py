@@ -310,3 +310,20 @@ def test_no_coordinate_moves_further_than_what_the_live_optimizer_makes_of_a_fir
         assert moves["frozen"] == pytest.approx(math.sqrt(10) * rectification(t + 1.0, 0.999), rel=2e-4)
     else:
         assert 5.9 < moves["frozen"] < 18.9
+
+
+def test_nadam_in_bf16_goes_on_after_a_resume_within_the_rounding_of_its_product_that_torch_loads():
+    optimizer, parameters, adapter = frozen("NAdam", dtype=torch.bfloat16)
+    resumed, twins, _ = make("NAdam", dtype=torch.bfloat16)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for p, twin in zip(parameters, twins, strict=True):
+        twin.data = p.detach().clone()
+        products = optimizer.state[p]["mu_product"], resumed.state[twin]["mu_product"]
+        assert [product.dtype for product in products] == [torch.float32, torch.bfloat16]
+        torch.testing.assert_close(*products, rtol=2**-8, atol=0, check_dtype=False)
+    for _ in range(5):
+        grads = gradients(parameters)
+        adapter.step(optimizer, dict(zip(parameters, grads, strict=True)), None)
+        adapter.step(resumed, dict(zip(twins, grads, strict=True)), None)
+    for p, twin in zip(parameters, twins, strict=True):
+        torch.testing.assert_close(twin, p, rtol=2**-7, atol=2**-9)

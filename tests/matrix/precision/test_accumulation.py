@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_step import STEP, AutoSwitch, STEPSparsityCallback
@@ -75,6 +77,29 @@ def test_k_micro_batches_equal_one_batch_under_every_recipe(
 
     whole, parts = (run(every_recipe[1], adamw, n, matrix_net, matrix_batch, matrix_trainer) for n in (1, k))
     check(whole, parts)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_one_overflow_among_the_micro_batches_skips_the_whole_step(
+    fused: bool, every_recipe: Any, matrix_net: Any, matrix_batch: Any, matrix_trainer: Any
+) -> None:
+    """Lightning counts that step; masks, samples and switches do not, and the weights stay."""
+
+    class Overflows(Parts):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * (float("inf") if (self.global_step, batch_idx) == (7, 1) else 1)
+
+    def adamw(parameters: Any) -> Any:
+        return torch.optim.AdamW(parameters, lr=0.02, betas=(0.9, 0.98), fused=fused)
+
+    callback = STEPSparsityCallback(recipe=every_recipe[1], read_every=1)
+    records = Records(callback)
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
+    module = Overflows(matrix_net(torch.float32), lambda t: [x.float() for x in matrix_batch(t)], adamw, 3)
+    matrix_trainer(callback, records, steps=STEPS, accumulate_grad_batches=3, plugins=[plugin]).fit(module)
+    assert [seen[3] for seen in records.seen] == [*range(1, 8), *range(7, STEPS)]
+    moved = [any(not torch.equal(a[0][k], b[0][k]) for k in a[0]) for a, b in itertools.pairwise(records.seen)]
+    assert [i + 1 for i, changed in enumerate(moved) if not changed] == [7]
 
 
 def test_k_micro_batches_give_the_same_samples_under_every_optimizer(
