@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 
 from lightning_step import STEPSparsityCallback, nm_masks
+from lightning_step.errors import ResumeError
 
 pytestmark = pytest.mark.filterwarnings("ignore:The learning rate")
 
@@ -122,3 +124,15 @@ def test_a_finder_in_the_middle_of_a_fit_gives_back_phase_samples_and_events(
         outcomes.append(look(module, callback))
     assert extra[0].optimal_lr is not None
     assert_same(*outcomes)
+
+
+def test_a_finder_in_a_fit_that_resumes_phase_two_is_stopped(
+    recipes: Any, make_module: Any, make_callback: Any, make_trainer: Any, tmp_path: Path
+) -> None:
+    """Lightning's finder throws away the optimizer state that is about to be restored."""
+    trainer = make_trainer(make_callback(recipes["STEP"]), max_epochs=2)
+    trainer.fit(make_module())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = make_trainer(make_callback(recipes["STEP"]), FindsRate())
+    with pytest.raises(ResumeError, match=r"Expected the optimizer to hold the preconditioner of 'net\.0\.weight'"):
+        resumed.fit(make_module(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
