@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -15,8 +16,11 @@ from lightning_step.callbacks.trainer import callbacks_of
 from lightning_step.errors import ConfigurationError
 from lightning_step.export import Exported, Format, check_format, check_writable, export_model
 from lightning_step.parametrization import nm_masks
+from lightning_step.sharding import any_sharded, on_one
 
 __all__ = ["SparseExport"]
+
+T = TypeVar("T")
 
 
 class SparseExport(pl.Callback):
@@ -51,8 +55,8 @@ class SparseExport(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called first in every stage. Before fitting, makes sure that the file can be written at the end."""
-        if stage == "fit" and trainer.is_global_zero:
-            check_writable(self.path)
+        if stage == "fit":
+            _once(trainer, lambda: check_writable(self.path))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -61,9 +65,7 @@ class SparseExport(pl.Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after the last hook that may still change weights. Writes the file."""
-        if not trainer.is_global_zero:
-            return
+        """Called after the last hook that may still change weights. Rank 0 writes the file; all wait for how it went."""
         module = self._module(pl_module)
         masks = nm_masks(module)
         if not any(mask.enabled for mask in masks.values()) and not (masks and self.one_shot):
@@ -81,7 +83,11 @@ class SparseExport(pl.Callback):
         )
 
     def _export(self, module: nn.Module, path: str, trainer: pl.Trainer) -> Exported:
-        return export_model(module, path, self.format, one_shot=self.one_shot, info=_info(trainer))
+        def write() -> Exported:
+            return export_model(module, path, self.format, one_shot=self.one_shot, info=_info(trainer))
+
+        # Shards have to be gathered by every process together; `export_model` does that, and writes on rank 0.
+        return write() if any_sharded(module.parameters()) else _once(trainer, write)
 
     def _module(self, pl_module: pl.LightningModule) -> nn.Module:
         try:
@@ -92,6 +98,10 @@ class SparseExport(pl.Callback):
                 f"Expected `module` to name a submodule of {type(pl_module).__name__}, but got {self.module!r}. "
                 f"It has: {', '.join(names)}."
             ) from error
+
+
+def _once(trainer: pl.Trainer, work: Callable[[], T]) -> T:
+    return on_one(work) if trainer.world_size > 1 else work()
 
 
 def _count(exported: Exported) -> str:

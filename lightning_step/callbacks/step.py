@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
@@ -12,6 +13,7 @@ from lightning_step.callbacks.handover import Handover, packed
 from lightning_step.callbacks.trainer import (
     builds_late,
     callbacks_of,
+    check_strategy,
     check_total_steps,
     log_interval,
     steps_logged,
@@ -24,6 +26,7 @@ from lightning_step.parametrization import apply_nm_masks, nm_masks
 from lightning_step.pattern import NMPattern
 from lightning_step.recipes import STEP, Recipe, describe
 from lightning_step.resume import brief, check_config, check_version, config_of
+from lightning_step.sharding import all_reduce
 from lightning_step.sparsifier import Sparsifier
 from lightning_step.summary import format_targets
 from lightning_step.targets import Targets
@@ -55,7 +58,8 @@ class STEPSparsityCallback(pl.Callback):
     Raises:
         PatternError: If n:m is no pattern.
         TargetError: At ``setup``, if a glob matches nothing or no tensor is left to mask.
-        ConfigurationError: At ``setup``, if the trainer has two of these; at fit start, if the recipe's limits do not fit.
+        ConfigurationError: At ``setup``, if the trainer has two of these, or a strategy that hides parameters; at fit start,
+            if the recipe's limits do not fit, or shards cut groups in two.
         OptimizerError: At fit start, if the recipe has to freeze the second moment of an optimizer nobody knows.
         ResumeError: On resume, if the checkpoint was written under another pattern or recipe.
 
@@ -108,6 +112,7 @@ class STEPSparsityCallback(pl.Callback):
         if stage == "fit":
             self._handover.renew(pl_module, packed([sparsifier.state_dict() for sparsifier in self.sparsifiers]))
             self.sparsifiers = []
+        check_strategy(trainer.strategy)
         others = [callback for callback in callbacks_of(trainer) if isinstance(callback, STEPSparsityCallback)]
         if len(others) > 1:
             raise ConfigurationError(
@@ -248,7 +253,9 @@ class STEPSparsityCallback(pl.Callback):
             self.pattern.m,
             recipe=self.recipe,
             total_steps=total_steps(trainer, index, self.total_steps),
-            measure_every=log_interval(trainer),
+            # Loggers may differ from process to process, but all have to measure at the same steps.
+            measure_every=trainer.strategy.broadcast(log_interval(trainer)),
+            reduce=all_reduce if trainer.world_size > 1 else torch.clone,
             on_event=self._announce,
             **self._selection,
             **self._sampling,

@@ -10,7 +10,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_step.errors import ArgumentTypeError, ConfigurationError
 
-__all__ = ["builds_late", "callbacks_of", "check_total_steps", "log_interval", "steps_logged", "total_steps"]
+__all__ = [
+    "builds_late",
+    "callbacks_of",
+    "check_strategy",
+    "check_total_steps",
+    "log_interval",
+    "steps_logged",
+    "total_steps",
+]
 
 
 def check_total_steps(given: int | Sequence[int] | None) -> None:
@@ -141,3 +149,30 @@ def builds_late(pl_module: pl.LightningModule) -> bool:
         False
     """
     return any(is_overridden(hook, pl_module, pl.LightningModule) for hook in ("setup", "configure_model"))
+
+
+def check_strategy(strategy: object) -> None:
+    """Refuse strategies whose optimizer does not see the model's tensors.
+
+    Args:
+        strategy: The trainer's strategy.
+
+    Raises:
+        ConfigurationError: For FSDP1 and DeepSpeed.
+
+    Example:
+        >>> check_strategy(pl.Trainer(logger=False, accelerator="cpu").strategy)
+    """
+    for name in (cls.__name__ for cls in type(strategy).__mro__):
+        if name in _HIDING:
+            raise ConfigurationError(
+                f"Expected a strategy that leaves every weight its shape, but got {type(strategy).__name__}: "
+                f"{_HIDING[name]}, so groups of a weight cannot be found. Use ModelParallelStrategy with fully_shard (FSDP2) in "
+                "configure_model, or DDPStrategy."
+            )
+
+
+_HIDING = {
+    "FSDPStrategy": "FSDP1 flattens parameters and gives each process a run of them that begins and ends anywhere",
+    "DeepSpeedStrategy": "DeepSpeed steps an optimizer of its own over flat fp32 copies of all parameters",
+}
