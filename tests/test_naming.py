@@ -6,6 +6,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
 
 from lightning_step import (
+    STEP,
+    AtStep,
     NMPattern,
     Sparsifier,
     apply_nm_masks,
@@ -76,7 +78,11 @@ def test_a_wrapped_run_is_resumed_by_a_plain_one_and_the_reverse(pair):
     runs = []
     for model in pair:
         optimizer = torch.optim.AdamW(model.parameters())
-        runs.append(Sparsifier(model, optimizer, total_steps=10))
+        runs.append(Sparsifier(model, optimizer, recipe=STEP(AtStep(1), scope="all"), total_steps=10))
+        for _ in range(2):
+            model["head"](model["net"](torch.ones(1, 8))).square().sum().backward()
+            optimizer.step()
+    assert len(runs[1].frozen) == 6
     assert runs[0].state_dict() == runs[1].state_dict()
     runs[0].load_state_dict(runs[1].state_dict())
     runs[1].load_state_dict(runs[0].state_dict())

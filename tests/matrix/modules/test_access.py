@@ -125,6 +125,9 @@ def test_a_parametrization_of_a_masked_weight_is_refused_by_name(how, enabled):
     error, match = torchs if enabled and how == "prune" else ours
     with pytest.raises(error, match=match):
         REPARAMETRIZE[how](layer)
+    if not how.startswith(("old", "prune")):  # those take the weight away before they ask
+        assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
+        assert type(layer).__name__ == "MaskedLinear"
 
 
 @OLD
