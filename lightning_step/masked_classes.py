@@ -207,8 +207,8 @@ def _delete(self: nn.Module, name: str) -> None:
 def _taken_away(module: nn.Module, attribute: str) -> ConfigurationError:
     return ConfigurationError(
         f"Expected the masked {attribute!r} of a {original_class(module).__name__} to stay its parameter, but got a call "
-        "that puts another tensor in its place, as weight_norm, spectral_norm, torch.nn.utils.prune and parametrizations "
-        f"do. Call `strip(model)` first, or leave {attribute!r} out of the masks with `exclude`."
+        "that puts another tensor in its place, as weight_norm, spectral_norm, torch.nn.utils.prune, parametrizations and "
+        f"nn.DataParallel do. Call `strip(model)` first, or leave {attribute!r} out of the masks with `exclude`."
     )
 
 

@@ -145,6 +145,12 @@ def test_a_weight_that_is_parametrized_already_stays_dense_with_the_reason(how):
     assert torch.equal(model(x), expected)
 
 
+def test_data_parallel_is_refused_by_name(layer):
+    replica = layer._replicate_for_data_parallel()
+    with pytest.raises(ConfigurationError, match=r"masked 'weight' of a Linear .* nn\.DataParallel"):
+        replica.weight = torch.ones(4, 8)  # its replicas hold tensors, not parameters
+
+
 def test_masks_go_beside_a_parametrization_of_another_tensor():
     layer = parametrize.register_parametrization(nn.Linear(8, 4), "bias", nn.Tanh())
     plain, kind = copy.deepcopy(layer), type(layer)
