@@ -167,8 +167,8 @@ def check_strategy(strategy: object) -> None:
         if name in _HIDING:
             raise ConfigurationError(
                 f"Expected a strategy that leaves every weight its shape, but got {type(strategy).__name__}: "
-                f"{_HIDING[name]}, so groups of a weight cannot be found. Use ModelParallelStrategy with fully_shard (FSDP2) in "
-                "configure_model, or DDPStrategy."
+                f"{_HIDING[name]}, so groups of a weight cannot be found. Use ModelParallelStrategy with fully_shard "
+                "(FSDP2) in configure_model, or DDPStrategy."
             )
 
 

@@ -38,10 +38,10 @@ RECIPES = {
     "ASP": ASP(AtStep(1)),
     "STE": STE(),
     "SRSTE": SRSTE(lam=1e-2),
-    "STEP": STEP(AutoSwitch(window=4, threshold=3e-4, t_min=2, t_max=10), lam=1e-2),
+    "STEP": STEP(AutoSwitch(window=4, threshold=1.5e-4, t_min=2, t_max=10), lam=1e-2),
 }
-TASK, FOLDER = sys.argv[1], Path(sys.argv[2])
-RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+FOLDER = Path(sys.argv[-1])
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 class Module(pl.LightningModule):
@@ -173,7 +173,8 @@ def together() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    if TASK == "train":
+    task = sys.argv[1]
+    if task == "train":
         if RANK == 0:
             alone()
         together()
@@ -187,7 +188,7 @@ if __name__ == "__main__":
                             f"{engine} to alone, {recipe}",
                             fit("alone", recipe, folder=FOLDER / "z", ckpt_path=checkpoint(engine, recipe)),
                         )
-    elif TASK == "resume sharded files on one":
+    elif task == "resume sharded files on one":
         for recipe in ("STEP", "ASP"):
             engine = "FSDP2, sharded files"
             save(
@@ -195,7 +196,7 @@ if __name__ == "__main__":
                 fit(engine, recipe, folder=FOLDER / "w" / recipe, ckpt_path=checkpoint(engine, recipe)),
             )
         dist.destroy_process_group()
-    elif TASK == "die":
+    elif task == "die":
         fit("DDP", "STEP", folder=FOLDER, extra=[Die()])
     else:
         newest = max(FOLDER.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))

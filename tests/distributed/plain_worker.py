@@ -52,7 +52,8 @@ RECIPES = {
     "STEP": STEP(AutoSwitch(window=4, threshold=2.5e-4, t_min=2, t_max=12), lam=1e-2),
     "STEP, geometric, all": STEP(AutoSwitch("geometric", window=3, threshold=1e-9, t_min=0, t_max=7), scope="all"),
 }
-FOLDER, RANK, WORLD = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+FOLDER = Path(sys.argv[-1])
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 class Net(nn.Module):

@@ -17,7 +17,7 @@ from lightning_step.errors import ConfigurationError
 RECIPES = ["Dense", "ASP", "STE", "SRSTE", "STEP"]
 DDP, FILE, FILES = "DDP", "FSDP2, one file", "FSDP2, sharded files"
 RUNS = [(engine, recipe) for engine in (DDP, FILE) for recipe in RECIPES] + [(FILES, "STEP"), (FILES, "ASP")]
-SWITCHED = {"Dense": [], "ASP": [1], "STE": [0], "SRSTE": [0], "STEP": [5]}
+SWITCHED = {"Dense": [], "ASP": [1], "STE": [0], "SRSTE": [0], "STEP": [6]}
 
 
 def read(folder: Path, name: str, rank: int = 0) -> Any:
