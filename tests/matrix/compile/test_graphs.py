@@ -185,6 +185,7 @@ def test_layers_with_other_patterns_cost_graphs_only_where_code_is_shared(counte
     assert (backend.graphs, backend.breaks) == (2, {})
 
 
+@pytest.mark.filterwarnings("error:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_recurrent_layers_run_in_eager_as_plain_ones_do(counter, kind):
     backend, x = counter("eager"), torch.randn(3, 2, 8)
