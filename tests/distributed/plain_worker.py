@@ -161,8 +161,8 @@ def subset() -> None:
     """Few coordinates, at odd places: those that one process alone would read."""
     recipe = STEP(AutoSwitch(window=50, t_min=0, t_max=12))
     net = make_net()
-    _, _, gauges = train(net, recipe, range(6), share=False, max_coordinates=60, reduce=lambda total: total)
-    _, _, shared = train(sharded(), recipe, range(6), max_coordinates=60)
+    _, _, gauges = train(net, recipe, range(6), share=False, max_coordinates=34, reduce=lambda total: total)
+    _, _, shared = train(sharded(), recipe, range(6), max_coordinates=34)
     save("subset", (gauges, shared))
 
 
