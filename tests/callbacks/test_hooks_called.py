@@ -71,3 +71,18 @@ def test_batches_within_one_step_are_logged_once(tiny: Any, make_trainer: Any, t
     trainer.fit(module, loader)
     board = EventAccumulator(str(tmp_path / "tb" / "version_0")).Reload()
     assert [event.step for event in board.Scalars("sparsity/phase")] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_with_more_optimizers_than_the_module_is_refused(tiny: Any, make_trainer: Any, tmp_path: Any) -> None:
+    trainer = make_trainer(STEPSparsityCallback(recipe=SRSTE()))
+    trainer.fit(tiny())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    checkpoint["callbacks"]["STEPSparsityCallback"]["optimizers"] *= 2
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(
+        ResumeError, match=r"Expected 2 optimizers with masked tensors, as in the checkpoint, but got 1\. Res"
+    ):
+        make_trainer(STEPSparsityCallback(recipe=SRSTE()), steps=30).fit(
+            tiny(), ckpt_path=tmp_path / "a.ckpt", weights_only=True
+        )
