@@ -1,0 +1,55 @@
+"""What the pages in docs/ point at is there: files, and tests by name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+LINK = re.compile(r"\[([^\]]+)\]\(([^)#\s]+)(?:#[^)]*)?\)")
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def links(page: Path) -> list[tuple[str, Path]]:
+    """Text and target of every link to a file of the project."""
+    return [
+        (text, (page.parent / target).resolve()) for text, target in LINK.findall(page.read_text()) if "://" not in target
+    ]
+
+
+def names_in(text: str) -> list[str]:
+    return re.findall(r"test_\w+", text)
+
+
+def test_a_link_and_the_names_in_in_it_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("[`test_a`](../t.py), [`test_b` and `test_c`](t.py#x), [web](https://example.org/test_d.py)")
+    assert links(page) == [("`test_a`", (tmp_path.parent / "t.py")), ("`test_b` and `test_c`", tmp_path / "t.py")]
+    assert names_in("`test_b` and `test_c`") == ["test_b", "test_c"]
+
+
+@every_page
+def test_every_file_that_a_page_links_to_exists(page: Path) -> None:
+    assert [str(target) for _, target in links(page) if not target.exists()] == []
+
+
+@every_page
+def test_every_test_that_a_page_names_is_in_the_file_it_links_to(page: Path) -> None:
+    missing = [
+        (name, target.name)
+        for text, target in links(page)
+        if target.suffix == ".py"
+        for name in names_in(text)
+        if f"def {name}(" not in target.read_text()
+    ]
+    assert missing == []
+
+
+def test_the_matrix_names_a_test_in_every_row() -> None:
+    lines = (DOCS / "matrix.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| ") and not line.startswith("| what")]
+    assert len(rows) > 40
+    assert [row for row in rows if "](../tests/" not in row] == []
