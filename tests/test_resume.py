@@ -66,7 +66,7 @@ def test_what_a_state_says():
     config = {"recipe": describe(DECIDED), "patterns": {"0.weight": [2, 4, 1], "2.weight": [2, 4, 1]}}
     assert dense == {
         "version": 1, "config": config, "t": 2, "masks": False, "frozen": [], "events": [], "flip_rate": None,
-        "open": {"masks": {"samples": []}, "freeze": {"samples": []}},
+        "open": {role: {"samples": [], "taken": 0} for role in ("masks", "freeze")},
     }  # fmt: skip
     event = {
         "step": 4,

@@ -33,6 +33,7 @@ def straight_through(weight: Tensor, mask: Tensor) -> Tensor:
         The masked weight, same shape and dtype.
 
     Example:
+        >>> import torch
         >>> weight = torch.tensor([2., 1.], requires_grad=True)
         >>> straight_through(weight, torch.tensor([True, False])).sum().backward()
         >>> weight.grad
@@ -61,6 +62,7 @@ def pruned_part(weight: Tensor, mask: Tensor) -> Tensor:
         A new tensor of the shape and dtype of ``weight``, zero where the mask keeps.
 
     Example:
+        >>> import torch
         >>> pruned_part(torch.tensor([2., 1.]), torch.tensor([True, False]))
         tensor([0., 1.])
 

@@ -388,17 +388,8 @@ if __name__ == "__main__":
         alone()
         save_alone()
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    for subject in (
-        together,
-        subset,
-        classes,
-        cut_groups,
-        odd_gradients,
-        loss_scaler,
-        save_and_resume_together,
-        state_making_step,
-        exports,
-    ):
+    subjects = (together, subset, classes, cut_groups, odd_gradients, loss_scaler, save_and_resume_together)
+    for subject in (*subjects, state_making_step, exports):
         subject()
     dist.barrier()
     dist.destroy_process_group()

@@ -106,6 +106,8 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning_step import STEP, AtStep, STEPSparsityCallback, SparseExport
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
+
 class Model(BoringModel):
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters())
