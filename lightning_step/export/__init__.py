@@ -3,18 +3,28 @@
 from lightning_step.export.files import atomic_write, check_writable
 from lightning_step.export.load import load_sparse, read_manifest
 from lightning_step.export.manifest import Format, Manifest, SparseTensor
+from lightning_step.export.onnx import ExportedOnnx, export_onnx
+from lightning_step.export.onnx_check import OnnxWeight, check_onnx
+from lightning_step.export.semi_structured import Packing, SemiStructured, to_semi_structured
 from lightning_step.export.write import FORMATS, Exported, check_format, export_model
 
 __all__ = [
     "FORMATS",
     "Exported",
+    "ExportedOnnx",
     "Format",
     "Manifest",
+    "OnnxWeight",
+    "Packing",
+    "SemiStructured",
     "SparseTensor",
     "atomic_write",
     "check_format",
+    "check_onnx",
     "check_writable",
     "export_model",
+    "export_onnx",
     "load_sparse",
     "read_manifest",
+    "to_semi_structured",
 ]
