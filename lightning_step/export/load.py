@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,37 +15,65 @@ from torch import Tensor, nn
 
 from lightning_step.errors import ConfigurationError, FileFormatError, PatternError
 from lightning_step.export.manifest import HEADER_KEY, Manifest
+from lightning_step.export.semi_structured import active_backend, to_semi_structured, why_not_packed
 from lightning_step.export.write import INDEX, VALUES
 from lightning_step.functional import Packed, unpack_nm
 from lightning_step.naming import plain_name
+from lightning_step.parametrization import nm_masks
 
 __all__ = ["load_sparse", "read_manifest"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-@overload
-def load_sparse(path: str | os.PathLike[str], model: ModuleT) -> ModuleT: ...
+Backend = Literal["auto", "dense", "semi_structured"]
+_BACKENDS: tuple[Backend, ...] = ("auto", "dense", "semi_structured")
 
 
 @overload
-def load_sparse(path: str | os.PathLike[str], model: None = None) -> dict[str, Tensor]: ...
+def load_sparse(
+    path: str | os.PathLike[str],
+    model: ModuleT,
+    device: torch.device | str | None = None,
+    backend: Backend = "auto",
+) -> ModuleT: ...
 
 
-def load_sparse(path: str | os.PathLike[str], model: ModuleT | None = None) -> ModuleT | dict[str, Tensor]:
+@overload
+def load_sparse(
+    path: str | os.PathLike[str],
+    model: None = None,
+    device: torch.device | str | None = None,
+    backend: Backend = "auto",
+) -> dict[str, Tensor]: ...
+
+
+def load_sparse(
+    path: str | os.PathLike[str],
+    model: ModuleT | None = None,
+    device: torch.device | str | None = None,
+    backend: Backend = "auto",
+) -> ModuleT | dict[str, Tensor]:
     """Read a file that this package wrote, whatever its format.
+
+    Tensors keep the dtype of the file, and those of a model the dtype of the model. Tensors that are stored dense are views
+    of the mapped file as long as they stay on the CPU; packed ones are unpacked one by one.
 
     Args:
         path: The file.
         model: A model of the same architecture, plain or with masks, to load into. None: return the tensors.
+        device: Where to put the tensors, or the model. None: the CPU, and a model stays where it is.
+        backend: ``"semi_structured"`` hands the loaded model to `to_semi_structured`, ``"dense"`` does not, and ``"auto"``
+            does where that helps: in evaluation mode, without masks, on a CUDA device that takes one of the 2:4 layers.
 
     Returns:
-        The model, or every tensor by name, dense, on the CPU.
+        The model, or every tensor by name, dense.
 
     Raises:
         FileFormatError: If the file is missing, truncated, not ours, newer than this version, or of another model; then
             every missing, unexpected and mis-shaped name is listed and the model is left as it was.
-        ConfigurationError: If the model has no memory for its weights (meta device).
+        ConfigurationError: If the model has no memory for its weights (meta device), ``device`` or ``backend`` is none that
+            there is, or ``"semi_structured"`` comes without a model, or with one that has masks.
 
     Example:
         >>> import tempfile
@@ -56,17 +84,59 @@ def load_sparse(path: str | os.PathLike[str], model: ModuleT | None = None) -> M
         >>> sorted(load_sparse(path))
         ['bias', 'weight']
     """
-    path = Path(path)
+    path, place = Path(path), _checked_device(device)
+    _check_backend(backend, model)
     manifest, stored = _read(path)
     shapes = _shapes(path, manifest, stored)
     if model is not None:
         _check_fits(path, model, shapes)  # before anything is unpacked
     tensors = stored if manifest.format == "dense" else _unpack_all(path, manifest, stored)
+    if model is None:
+        tensors = {name: tensor if place is None else tensor.to(place) for name, tensor in tensors.items()}
     tensors |= {alias: tensors[name] for alias, name in manifest.aliases.items()}
     if model is None:
         return tensors
     _load_into(path, model, tensors)
+    if place is not None:
+        model.to(place)
+    if backend == "semi_structured" or (backend == "auto" and _would_help(model, manifest)):
+        to_semi_structured(model)
     return model
+
+
+def _checked_device(device: torch.device | str | None) -> torch.device | None:
+    try:
+        place = None if device is None else torch.device(device)
+        if place is not None:
+            torch.empty(0, device=place)  # one that is not there is told before the file is read
+        if place is None or place.type != "meta":
+            return place
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ConfigurationError(f"Expected `device` to be one of this machine, but got {device!r}: {error}") from error
+    raise ConfigurationError("Expected `device` to hold weights, but got the meta device.")
+
+
+def _check_backend(backend: str, model: nn.Module | None) -> None:
+    if backend not in _BACKENDS:
+        raise ConfigurationError(f"Expected `backend` to be one of {list(_BACKENDS)}, but got {backend!r}.")
+    if backend == "semi_structured" and (model is None or nm_masks(model)):
+        raise ConfigurationError(
+            "Expected a model without masks for `backend='semi_structured'`, but got "
+            f"{'no model' if model is None else 'one with masks'}. Such weights live in layers that no longer train."
+        )
+
+
+def _would_help(model: nn.Module, manifest: Manifest) -> bool:
+    """Whether a layer would be packed; a model that may go on training keeps its weights."""
+    if model.training or nm_masks(model):
+        return False
+    state = _state(model)
+    for name, entry in manifest.sparse.items():
+        weight = state[name]
+        backend, _ = active_backend(weight.device)
+        if backend and (entry.n, entry.m, entry.dim) == (2, 4, 1) and not why_not_packed(entry.shape, weight.dtype, backend):
+            return True
+    return False
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:

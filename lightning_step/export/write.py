@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_step.errors import ConfigurationError, ExportError, ViolationError
+from lightning_step.errors import ConfigurationError, ExportError
+from lightning_step.export.container import Slot, write_tensors
 from lightning_step.export.files import atomic_write, check_writable
+from lightning_step.export.hardening import harden, masks_to_apply, sparse_entries, tensors_of, verify
 from lightning_step.export.manifest import HEADER_KEY, Format, Manifest, SparseTensor
-from lightning_step.functional import apply_mask, find_violation, pack_nm
-from lightning_step.naming import plain_name
-from lightning_step.parametrization import NMMask, nm_masks
+from lightning_step.functional import pack_nm
+from lightning_step.functional.packing import check_packable, index_bytes
+from lightning_step.parametrization import NMMask
 from lightning_step.sharding import any_sharded, is_first, on_one, reshard, whole
 from lightning_step.targets import Targets
 
@@ -80,7 +80,8 @@ def export_model(
 ) -> Exported:
     r"""Write :math:`\Pi_T(w_T) \odot w_T` to one safetensors file, verified, its manifest in the header.
 
-    The model is left as it is. The file is there whole or not at all. If the model is sharded (FSDP2), call this on every
+    The model is left as it is. The file is there whole or not at all, and is written tensor by tensor: no second copy of the
+    model is made, only one of the tensor at hand. If the model is sharded (FSDP2), call this on every
     process: tensors are gathered, the first process writes, and all return the same or raise the same.
 
     Args:
@@ -114,45 +115,89 @@ def export_model(
     """
     format = check_format(format)
     reshard(model)
-    tensors, aliases = _tensors(model)
+    tensors, aliases = tensors_of(model)
     if not any_sharded(tensors.values()):
         path = _checked(path)
-        masks = {} if targets is not None else _masks_to_apply(model, one_shot)
-        hard = {name: _harden(tensor, masks.get(name)) for name, tensor in tensors.items()}
-        return _export(hard, aliases, masks, path, format, targets, info)
+        masks = {} if targets is not None else masks_to_apply(model, one_shot)
+        plan = _Plan(path, format, sparse_entries(tensors, aliases, masks, targets), aliases, dict(info or {}))
+        return _export(plan, tensors, lambda name: harden(tensors[name], masks.get(name)))
     # All processes are here, and none leaves before it knows how the first one fared.
     checked = on_one(lambda: _checked(path))
-    masks = {} if targets is not None else _masks_to_apply(model, one_shot)
+    masks = {} if targets is not None else masks_to_apply(model, one_shot)
     hard = _gathered(tensors, masks)
-    return on_one(lambda: _export(hard, aliases, masks, checked, format, targets, info))
+
+    def export() -> Exported:
+        plan = _Plan(checked, format, sparse_entries(hard, aliases, masks, targets), aliases, dict(info or {}))
+        return _export(plan, dict(hard), hard.pop)
+
+    return on_one(export)
+
+
+class _Plan(NamedTuple):
+    path: Path
+    format: Format
+    sparse: Mapping[str, SparseTensor]
+    aliases: Mapping[str, str]
+    info: Mapping[str, Any]
 
 
 def _gathered(tensors: Mapping[str, Tensor], masks: Mapping[str, NMMask]) -> dict[str, Tensor]:
-    """What `_harden` makes of the whole tensors; only on the process that writes, so that memory holds them once."""
+    """What `harden` makes of the whole tensors; only on the process that writes, so that memory holds them once."""
     hard: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         complete = whole(tensor)
         if is_first():
-            hard[name] = _harden(complete, masks.get(name))
+            hard[name] = harden(complete, masks.get(name))
     return hard
 
 
-def _export(
-    tensors: dict[str, Tensor],
-    aliases: dict[str, str],
-    masks: Mapping[str, NMMask],
-    path: Path,
-    format: Format,
-    targets: Targets | None,
-    info: Mapping[str, Any] | None,
-) -> Exported:
-    sparse = _sparse_entries(tensors, aliases, masks, targets)
-    for name, entry in sparse.items():
-        _verify(name, tensors[name], entry)
-    manifest = Manifest(format, sparse, aliases, dict(info or {}))
-    if format == "packed":
-        tensors = _packed(tensors, sparse)
-    return Exported(path, manifest, _write(path, tensors, {"format": "pt", HEADER_KEY: manifest.to_json()}))
+def _export(plan: _Plan, tensors: Mapping[str, Tensor], hard: Callable[[str], Tensor]) -> Exported:
+    """Write what ``hard`` makes of each tensor; of ``tensors`` only dtypes and shapes are asked."""
+    manifest = Manifest(plan.format, plan.sparse, plan.aliases, plan.info)
+    slots = _slots(tensors, plan)
+    metadata = {"format": "pt", HEADER_KEY: manifest.to_json()}
+    try:
+        with atomic_write(plan.path) as temporary:
+            write_tensors(temporary, slots, metadata, _stored(tensors, plan, hard))
+        return Exported(plan.path, manifest, plan.path.stat().st_size)
+    except OSError as error:
+        size = sum(slot.bytes for slot in slots.values())
+        raise ExportError(
+            f"Expected to write {size:,} bytes to {str(plan.path)!r}, but got: {error}. What was there before is untouched. "
+            f"Make room, or choose another path. {_SAFE}"
+        ) from error
+
+
+def _slots(tensors: Mapping[str, Tensor], plan: _Plan) -> dict[str, Slot]:
+    slots: dict[str, Slot] = {}
+    for name, tensor in tensors.items():
+        parts = {name: Slot(tensor.dtype, tuple(tensor.shape))}
+        if plan.format == "packed" and name in plan.sparse:
+            entry = plan.sparse[name]
+            check_packable(entry.pattern)
+            groups = tensor.numel() // entry.m
+            values, index = Slot(tensor.dtype, (groups, entry.n)), Slot(torch.uint8, (index_bytes(entry.pattern, groups),))
+            parts = {name + VALUES: values, name + INDEX: index}
+        taken = [part for part in parts if part in slots or (part != name and part in tensors)]
+        if taken:
+            raise ConfigurationError(f"Expected no tensor named {taken[0]!r} beside {name!r}, but got one. Rename it.")
+        slots |= parts
+    return slots
+
+
+def _stored(tensors: Mapping[str, Tensor], plan: _Plan, hard: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the file, made when it is asked for and verified."""
+    for name in tensors:
+        tensor, entry = hard(name), plan.sparse.get(name)
+        if entry is not None:
+            verify(name, tensor, entry)
+        if entry is None or plan.format == "dense":
+            yield name, tensor
+        else:
+            packed = pack_nm(tensor, entry.pattern, entry.dim)
+            del tensor  # not needed any more while the parts are written
+            yield name + VALUES, packed.values
+            yield name + INDEX, packed.index
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:
@@ -160,96 +205,3 @@ def _checked(path: str | os.PathLike[str]) -> Path:
         return check_writable(path)
     except ConfigurationError as error:
         raise ConfigurationError(f"{error} {_SAFE}") from error
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
-    if "__metadata__" in tensors:  # that key of the header is taken, and nobody could read the file
-        raise ConfigurationError("Expected no tensor named '__metadata__', but got one. Rename it.")
-    try:
-        with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata)
-        return path.stat().st_size
-    except (OSError, SafetensorError) as error:
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        raise ExportError(
-            f"Expected to write {size:,} bytes to {str(path)!r}, but got: {error}. What was there before is untouched. "
-            f"Make room, or choose another path. {_SAFE}"
-        ) from error
-
-
-def _masks_to_apply(model: nn.Module, one_shot: bool) -> dict[str, NMMask]:
-    masks = nm_masks(model)
-    chosen = {name: mask for name, mask in masks.items() if mask.enabled or one_shot}
-    if not chosen:
-        raise ConfigurationError(
-            f"Expected a model with learned masks, but got {len(masks)} masks of which none is on: training ended before "
-            "masks began. Train past the switch, or prune by magnitude now with `one_shot=True`."
-        )
-    return chosen
-
-
-def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor of the state dict once, and the other names of those that several names share."""
-    first: dict[int, str] = {}
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    for key, value in model.state_dict(keep_vars=True).items():
-        name = plain_name(key)
-        if not isinstance(value, Tensor):
-            continue  # extra state of some module: no weight, and safetensors holds tensors only
-        if id(value) in first:
-            aliases[name] = first[id(value)]
-        else:
-            first[id(value)] = name
-            tensors[name] = value.detach()
-    return tensors, aliases
-
-
-def _harden(tensor: Tensor, mask: NMMask | None) -> Tensor:
-    if mask is not None:
-        tensor = apply_mask(tensor, mask.mask(tensor))
-    return tensor.to("cpu", memory_format=torch.contiguous_format, copy=True)
-
-
-def _sparse_entries(
-    tensors: Mapping[str, Tensor], aliases: Mapping[str, str], masks: Mapping[str, NMMask], targets: Targets | None
-) -> dict[str, SparseTensor]:
-    patterns = {name: (mask.pattern, mask.dim) for name, mask in masks.items()}
-    if targets is not None:
-        patterns = {target.name: (target.pattern, target.dim) for target in targets.masked}
-    entries: dict[str, SparseTensor] = {}
-    for name, (pattern, dim) in patterns.items():
-        tensor = tensors.get(aliases.get(name, name))
-        if tensor is None:  # a state dict under other names would let the tensor pass unverified
-            raise ConfigurationError(
-                f"Expected the state dict to hold the tensor {name!r}, which must be {pattern}, but got only "
-                f"{sorted(tensors)[:5]}, ... Export the very module whose tensors have masks or were found."
-            )
-        shape = tuple(tensor.shape)
-        entries[aliases.get(name, name)] = SparseTensor(pattern.n, pattern.m, dim % len(shape), shape)
-    return entries
-
-
-def _verify(name: str, tensor: Tensor, entry: SparseTensor) -> None:
-    bad = find_violation(tensor, entry.pattern, entry.dim)
-    if bad is not None:
-        raise ViolationError(
-            f"Expected {name!r} to hold {entry.pattern} along dim {entry.dim}, but got {bad.nonzeros} non-zero weights in "
-            f"group {bad.index} (and {bad.groups - 1} more bad groups). Export never prunes: train it with a mask, or "
-            "exclude it."
-        )
-
-
-def _packed(tensors: Mapping[str, Tensor], sparse: Mapping[str, SparseTensor]) -> dict[str, Tensor]:
-    stored: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name in sparse:
-            packed = pack_nm(tensor, sparse[name].pattern, sparse[name].dim)
-            parts = {name + VALUES: packed.values, name + INDEX: packed.index}
-        else:
-            parts = {name: tensor}
-        taken = [part for part in parts if part in stored or (part != name and part in tensors)]
-        if taken:
-            raise ConfigurationError(f"Expected no tensor named {taken[0]!r} beside {name!r}, but got one. Rename it.")
-        stored |= parts
-    return stored

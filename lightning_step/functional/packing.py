@@ -7,12 +7,21 @@ Note [Mask rank]
     integer, the ``m`` bits of the mask itself are stored; 30:66 to 36:66 are the first such patterns.
     Groups follow one another without padding; within a field and within a byte the low bit comes first.
     ``docs/packed-format.md`` states the layout byte by byte.
+
+Note [Tables]
+    Which places are kept, and their rank, follow from which weights of a group are not plus zero: ``m`` bits. Up to m = 8,
+    and up to 16 for tensors that are worth it, both are looked up in tables of ``2**m`` rows; the arithmetic that other
+    patterns take makes them. Everything runs over a slice of the groups at a time, so that it stays in the cache and takes
+    memory for a slice, not for the tensor.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +31,12 @@ from lightning_step.functional.mask import as_groups, nm_mask
 from lightning_step.functional.stats import find_violation
 from lightning_step.pattern import NMPattern
 
-__all__ = ["Packed", "index_bytes", "index_width", "pack_nm", "unpack_nm"]
+__all__ = ["Packed", "check_packable", "index_bytes", "index_width", "pack_nm", "unpack_nm"]
 
 _MAX_RANK_BITS = 62
 # What bounds time and memory of reading a file from a stranger: it unpacks to at most so many times its size.
 _MAX_GROUP, _MAX_GROWTH = 65_536, 1024
+_SLICE = 2**18  # weights that are worked on at a time
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,27 @@ def index_bytes(pattern: NMPattern, groups: int) -> int:
     return -(-groups * index_width(pattern) // 8)
 
 
+def check_packable(pattern: NMPattern) -> None:
+    """Refuse a pattern that nobody packs.
+
+    Args:
+        pattern: The n:m pattern.
+
+    Raises:
+        PatternError: If ``m`` is above 65,536 or above ``1024 * n``.
+
+    Example:
+        >>> check_packable(NMPattern(1, 1025))
+        Traceback (most recent call last):
+        lightning_step.errors.PatternError: Expected m <= 65536 and m <= 1024 * n in a packed tensor, but got 1:1025. ...
+    """
+    if pattern.m > min(_MAX_GROUP, _MAX_GROWTH * pattern.n):
+        raise PatternError(
+            f"Expected m <= {_MAX_GROUP} and m <= {_MAX_GROWTH} * n in a packed tensor, but got {pattern}. "
+            "Store it dense, with its zeros."
+        )
+
+
 def pack_nm(weight: Tensor, pattern: NMPattern, dim: int = -1) -> Packed:
     """Pack a tensor that holds its n:m pattern; nothing is pruned.
 
@@ -97,18 +128,18 @@ def pack_nm(weight: Tensor, pattern: NMPattern, dim: int = -1) -> Packed:
         >>> unpack_nm(packed, NMPattern(2, 4), (1, 4))
         tensor([[0., 5., 0., 7.]])
     """
-    _check_packable(pattern)
+    check_packable(pattern)
     weight = weight.detach()
-    bad = find_violation(weight, pattern, dim)
-    if bad is not None:
-        raise ViolationError(
-            f"Expected at most {pattern.n} non-zero weights in every group of {pattern.m} along dim {dim}, but got "
-            f"{bad.nonzeros} in group {bad.index} ({bad.groups} groups in all). Apply the mask before packing."
-        )
     rows = as_groups(weight.movedim(dim, -1), pattern).reshape(-1, pattern.m)  # (groups, m)
-    places = _kept_places(rows, pattern)  # (groups, n), ascending
-    values = _as_integers(rows).gather(1, places).view(weight.dtype)
-    return Packed(values, _to_bytes(_fields(places, pattern)))
+    values = _as_integers(rows.new_empty(len(rows), pattern.n))
+    index = torch.empty(index_bytes(pattern, len(rows)), dtype=torch.uint8, device=rows.device)
+    for groups, places_in_file in _slices(len(rows), pattern):
+        kept = _kept(rows[groups], pattern, len(rows))
+        if kept is None:
+            raise ViolationError(_broken(weight, pattern, dim))
+        places, index[places_in_file] = kept
+        torch.gather(_as_integers(rows[groups]), 1, places, out=values[groups])
+    return Packed(values.view(weight.dtype), index)
 
 
 def unpack_nm(packed: Packed, pattern: NMPattern, shape: tuple[int, ...], dim: int = -1) -> Tensor:
@@ -131,7 +162,7 @@ def unpack_nm(packed: Packed, pattern: NMPattern, shape: tuple[int, ...], dim: i
         >>> unpack_nm(Packed(torch.tensor([[1., 2.]]), torch.tensor([5], dtype=torch.uint8)), NMPattern(2, 4), (4,))
         tensor([0., 0., 1., 2.])
     """
-    _check_packable(pattern)
+    check_packable(pattern)
     groups = math.prod(shape) // pattern.m
     if shape[dim] % pattern.m or packed.values.shape != (groups, pattern.n):
         raise PatternError(
@@ -145,20 +176,74 @@ def unpack_nm(packed: Packed, pattern: NMPattern, shape: tuple[int, ...], dim: i
         )
     if not groups:
         return packed.values.new_zeros(shape)
-    fields = _from_bytes(packed.index, groups, index_width(pattern))
     values = _as_integers(packed.values)
-    rows = values.new_zeros(groups, pattern.m).scatter_(1, _places(fields, pattern), values)
+    rows = values.new_zeros(groups, pattern.m)
+    for some, places_in_file in _slices(groups, pattern):
+        rows[some].scatter_(1, _places_from(packed.index[places_in_file], pattern, some, groups), values[some])
     moved = list(shape)
     moved.append(moved.pop(dim))
     return rows.reshape(moved).movedim(-1, dim).contiguous().view(packed.values.dtype)
 
 
-def _check_packable(pattern: NMPattern) -> None:
-    if pattern.m > min(_MAX_GROUP, _MAX_GROWTH * pattern.n):
-        raise PatternError(
-            f"Expected m <= {_MAX_GROUP} and m <= {_MAX_GROWTH} * n in a packed tensor, but got {pattern}. "
-            "Store it dense, with its zeros."
-        )
+def _slices(groups: int, pattern: NMPattern) -> Iterator[tuple[slice, slice]]:
+    """Groups to work on at a time, and the bytes of the index that are theirs alone."""
+    step = max(_SLICE // pattern.m // 8, 1) * 8  # fields of eight groups end where a byte ends
+    for start in range(0, groups, step):
+        stop = min(start + step, groups)
+        yield slice(start, stop), slice(index_bytes(pattern, start), index_bytes(pattern, stop))
+
+
+def _kept(rows: Tensor, pattern: NMPattern, groups: int) -> tuple[Tensor, Tensor] | None:
+    """Kept places, (groups, n), and the bytes of their masks; None if a group has more non-zeros than ``n``."""
+    if _has_table(pattern, groups):
+        table = _table(pattern, rows.device)
+        bits = (_as_integers(rows) != 0).to(torch.float32) @ table.weights  # exact: sums of 16 different powers of two
+        codes = bits.to(torch.int32)
+        if not bool(table.full[codes].any()):
+            return table.places[codes], _to_bytes(table.ranks[codes], index_width(pattern))
+    # More than n are not plus zero: minus zeros without room, which are dropped, or weights, which are not.
+    if bool(((rows != 0).sum(1) > pattern.n).any()):
+        return None
+    places = _kept_places(rows, pattern)
+    if _is_wide(pattern):
+        return places, _bits_to_bytes(places.new_zeros(len(rows), pattern.m, dtype=torch.uint8).scatter_(1, places, 1))
+    return places, _to_bytes(_ranks(places, pattern), index_width(pattern))
+
+
+def _broken(weight: Tensor, pattern: NMPattern, dim: int) -> str:
+    bad = find_violation(weight, pattern, dim)
+    found = "more" if bad is None else f"{bad.nonzeros} in group {bad.index} ({bad.groups} groups in all)"
+    return (
+        f"Expected at most {pattern.n} non-zero weights in every group of {pattern.m} along dim {dim}, but got {found}. "
+        "Apply the mask before packing."
+    )
+
+
+class _Table(NamedTuple):
+    """By the number whose bit i says that weight i of a group is not plus zero."""
+
+    weights: Tensor  # (m,), powers of two
+    full: Tensor  # (2**m,), bool: more than n of them
+    places: Tensor  # (2**m, n), int64
+    ranks: Tensor  # (2**m,), int64
+
+
+def _has_table(pattern: NMPattern, groups: int) -> bool:
+    return pattern.m <= 8 or (pattern.m <= 16 and groups >= 2**pattern.m)
+
+
+@lru_cache(maxsize=16)
+def _table(pattern: NMPattern, device: torch.device) -> _Table:
+    codes = torch.arange(2**pattern.m, device=device)
+    bits = (codes[:, None] >> torch.arange(pattern.m, device=device)) & 1
+    places = _kept_places(bits, pattern)
+    weights = 2.0 ** torch.arange(pattern.m, device=device)
+    return _Table(weights, bits.sum(1) > pattern.n, places, _ranks(places, pattern))
+
+
+@lru_cache(maxsize=16)
+def _places_by_rank(pattern: NMPattern, device: torch.device) -> Tensor:
+    return _places(torch.arange(pattern.choices, device=device), pattern)
 
 
 def _is_wide(pattern: NMPattern) -> bool:
@@ -181,28 +266,29 @@ def _kept_places(rows: Tensor, pattern: NMPattern) -> Tensor:
     return kept.nonzero()[:, 1].reshape(-1, pattern.n)
 
 
-def _fields(places: Tensor, pattern: NMPattern) -> Tensor:
-    """One row of bits per group, low bit first: (groups, width), uint8."""
-    width = index_width(pattern)
-    if _is_wide(pattern):
-        return places.new_zeros(places.shape[0], pattern.m, dtype=torch.uint8).scatter_(1, places, 1)
+def _ranks(places: Tensor, pattern: NMPattern) -> Tensor:
     table = _binomials(pattern, places.device)
-    ranks = sum((table[j][places[:, j] - j] for j in range(pattern.n)), torch.zeros_like(places[:, 0]))
-    return ((ranks[:, None] >> torch.arange(width, device=places.device)) & 1).to(torch.uint8)
+    return sum((table[j][places[:, j] - j] for j in range(pattern.n)), torch.zeros_like(places[:, 0]))
 
 
-def _places(fields: Tensor, pattern: NMPattern) -> Tensor:
+def _places_from(index: Tensor, pattern: NMPattern, some: slice, groups: int) -> Tensor:
+    count, width = some.stop - some.start, index_width(pattern)
     if _is_wide(pattern):
+        fields = _from_bytes(index, count, width)
         if bool((fields.sum(1) != pattern.n).any()):
             raise PatternError(f"Expected {pattern.n} set bits in every mask, but got another number. The index is damaged.")
         return fields.nonzero()[:, 1].reshape(-1, pattern.n)
-    ranks = (fields.long() << torch.arange(fields.shape[1], device=fields.device)).sum(1)
+    ranks = _ranks_from(index, count, width)
     if bool((ranks >= pattern.choices).any()):
         raise PatternError(
             f"Expected mask ranks below {pattern.choices} for {pattern}, but got {int(ranks.max())}. The index is damaged."
         )
-    table = _binomials(pattern, fields.device)
-    places = torch.empty(len(ranks), pattern.n, dtype=torch.long, device=fields.device)
+    return _places_by_rank(pattern, index.device)[ranks] if _has_table(pattern, groups) else _places(ranks, pattern)
+
+
+def _places(ranks: Tensor, pattern: NMPattern) -> Tensor:
+    table = _binomials(pattern, ranks.device)
+    places = torch.empty(len(ranks), pattern.n, dtype=torch.long, device=ranks.device)
     for j in reversed(range(pattern.n)):  # the largest c with C(c, j+1) <= r is the place of the j-th kept weight
         above = torch.searchsorted(table[j], ranks, right=True) - 1
         places[:, j] = above + j
@@ -216,11 +302,32 @@ def _binomials(pattern: NMPattern, device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.long, device=device)
 
 
-def _to_bytes(bits: Tensor) -> Tensor:
-    stream = bits.flatten()
+def _to_bytes(numbers: Tensor, width: int) -> Tensor:
+    """Numbers of ``width`` bits, one behind the other, as bytes; the lowest bit comes first."""
+    if width > 7:
+        return _bits_to_bytes((numbers[:, None] >> torch.arange(width, device=numbers.device)) & 1)
+    count = -(-len(numbers) * width // 8)
+    eights = torch.nn.functional.pad(numbers, (0, -len(numbers) % 8)).reshape(-1, 8)
+    words = (eights << (width * torch.arange(8, device=numbers.device))).sum(1)  # 8 * width bits each
+    return ((words[:, None] >> (8 * torch.arange(width, device=numbers.device))) & 255).to(torch.uint8).flatten()[:count]
+
+
+def _ranks_from(index: Tensor, count: int, width: int) -> Tensor:
+    if width > 7:
+        fields = _from_bytes(index, count, width).long()
+        return (fields << torch.arange(width, device=index.device)).sum(1)
+    if width == 0:
+        return torch.zeros(count, dtype=torch.long, device=index.device)
+    padded = torch.nn.functional.pad(index, (0, -len(index) % width)).reshape(-1, width).long()
+    words = (padded << (8 * torch.arange(width, device=index.device))).sum(1)
+    numbers = (words[:, None] >> (width * torch.arange(8, device=index.device))) & (2**width - 1)
+    return numbers.flatten()[:count]
+
+
+def _bits_to_bytes(bits: Tensor) -> Tensor:
+    stream = bits.flatten().long()
     stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).reshape(-1, 8)
-    weights = 1 << torch.arange(8, device=bits.device)
-    return (stream.long() * weights).sum(1).to(torch.uint8)
+    return (stream << torch.arange(8, device=bits.device)).sum(1).to(torch.uint8)
 
 
 def _from_bytes(index: Tensor, groups: int, width: int) -> Tensor:

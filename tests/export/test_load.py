@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_step import NMPattern, apply_nm_masks, export_model, load_sparse
-from lightning_step.errors import FileFormatError
+from lightning_step.errors import ConfigurationError, FileFormatError
 from lightning_step.export import read_manifest
 from lightning_step.parametrization import nm_masks
 
@@ -225,3 +225,84 @@ def test_an_index_that_names_no_mask_is_refused(golden, tmp_path, by_hand):
         FileFormatError, match=r"'fc\.weight' in '.*' to unpack, but got: Expected mask ranks below 6 for 2:4"
     ):
         load_sparse(path)
+
+
+def test_the_dtype_of_the_file_is_kept_and_a_model_keeps_its_own(tmp_path):
+    model = layer(masked=True).to(torch.bfloat16)
+    path = export_model(model, tmp_path / "file", "packed").path
+    assert {load_sparse(path)[name].dtype for name in ("0.weight", "0.bias")} == {torch.bfloat16}
+    loaded = load_sparse(path, layer())
+    assert loaded[0].weight.dtype == torch.float32
+    assert torch.equal(loaded[0].weight.bfloat16(), model[0].weight)
+
+
+def test_tensors_and_models_go_to_the_device(file):
+    assert {tensor.device.type for tensor in load_sparse(file, device="cpu").values()} == {"cpu"}
+    model = load_sparse(file, layer(), device=torch.device("cpu"))
+    assert torch.equal(model[0].weight, load_sparse(file)["0.weight"])
+
+
+@pytest.mark.parametrize("device", ["cuda:97", "nowhere", "meta", 1.5])
+def test_a_device_that_is_not_there_is_told_before_the_file_is_read(device, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"^Expected `device` to "):
+        load_sparse(tmp_path / "missing", device=device)
+
+
+def test_a_backend_that_cannot_be_is_refused(file):
+    with pytest.raises(ConfigurationError, match=r"one of \['auto', 'dense', 'semi_structured'\], but got 'sparse'"):
+        load_sparse(file, layer(), backend="sparse")
+    with pytest.raises(ConfigurationError, match="`backend='semi_structured'`, but got no model"):
+        load_sparse(file, backend="semi_structured")
+    with pytest.raises(ConfigurationError, match="but got one with masks"):
+        load_sparse(file, layer(masked=True), backend="semi_structured")
+
+
+def test_on_a_cpu_every_backend_gives_the_dense_model_and_one_says_why(file):
+    expected = load_sparse(file)["0.weight"]
+    for backend in ("auto", "dense"):
+        assert torch.equal(load_sparse(file, layer().eval(), backend=backend)[0].weight, expected)
+    with pytest.warns(UserWarning, match="got none that can be: it is not on a CUDA device"):
+        assert torch.equal(load_sparse(file, layer(), backend="semi_structured")[0].weight, expected)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_auto_packs_only_what_no_longer_trains_and_fits(format, tmp_path, monkeypatch):
+    """As if CUTLASS were there: torch packs on a CPU too, once nobody asks for the device."""
+    packed_class = torch.sparse.SparseSemiStructuredTensorCUTLASS
+    for module in ("load", "semi_structured"):
+        monkeypatch.setattr(f"lightning_step.export.{module}.active_backend", lambda device: ("cutlass", ""))
+    monkeypatch.setattr(packed_class, "_validate_device_dim_dtype_shape", lambda weight: None)
+
+    def plain(dtype=torch.bfloat16, size=64):
+        return nn.Sequential(nn.Linear(size, 64)).to(dtype).eval()
+
+    def file(pattern, **settings):
+        model = plain(**settings)
+        apply_nm_masks(model, pattern)
+        return export_model(model, tmp_path / "file", format).path
+
+    def packed(path, model, **settings):
+        return isinstance(load_sparse(path, model, **settings)[0].weight, packed_class)
+
+    path = file(NMPattern(2, 4))
+    assert packed(path, plain())
+    assert packed(path, plain().train(), backend="semi_structured")
+    assert not packed(path, plain().train())
+    assert not packed(path, plain(), backend="dense")
+    assert not packed(path, plain(torch.float32))
+    assert not packed(file(NMPattern(1, 8)), plain())
+    assert not packed(file(NMPattern(2, 4), size=32), plain(size=32))
+
+
+def test_a_dense_file_is_mapped_not_read(tmp_path):
+    model = nn.Linear(1024, 1024)
+    apply_nm_masks(model, NMPattern(2, 4))
+    path = export_model(model, tmp_path / "file").path
+    tensor = load_sparse(path)["weight"]
+    before = float(tensor[0, 1023])
+    raw = bytearray(path.read_bytes())
+    place = raw.index(tensor[0].numpy().tobytes()) + 1023 * 4
+    with path.open("rb+") as opened:  # in place: a mapped tensor sees it
+        opened.seek(place)
+        opened.write(b"\x00\x00\x80\x3f" if before != 1.0 else b"\x00\x00\x00\x40")
+    assert float(tensor[0, 1023]) != before
