@@ -1,6 +1,7 @@
 """Verified sparse files, and back."""
 
 from lightning_step.export.files import atomic_write, check_writable
+from lightning_step.export.folder import export_folder
 from lightning_step.export.load import load_sparse, read_manifest
 from lightning_step.export.manifest import Format, Manifest, SparseTensor
 from lightning_step.export.onnx import ExportedOnnx, export_onnx
@@ -22,6 +23,7 @@ __all__ = [
     "check_format",
     "check_onnx",
     "check_writable",
+    "export_folder",
     "export_model",
     "export_onnx",
     "load_sparse",
