@@ -56,7 +56,7 @@ ABLATIONS = {
     "switch at 10 %": Row(lambda lam: replace(step(lam), switch=AtStep(0.1))),
     "switch at 30 %": Row(lambda lam: replace(step(lam), switch=AtStep(0.3))),
     "v frozen for all parameters": Row(lambda lam: replace(step(lam), scope="all")),
-    "the usual lam, 2e-4": Row(lambda lam: step(2e-4)),
+    "the usual lam, 2e-4": Row(lambda lam: step(2e-4), has_lam=False),
     "the paper's preconditioner": Row(lambda lam: replace(step(lam), form="paper")),
     "no bound on the step": Row(lambda lam: replace(step(lam), max_step=float("inf"))),
     "v not frozen": Row(lambda lam: Parts(lam, mask=True, freezes=False)),

@@ -75,9 +75,9 @@ def write_results(
     ]
     for pattern in PATTERNS:
         rows = {row: run for (row, of), run in best.items() if of in (pattern, "")}
-        page += [f"\n{pattern}\n", *_table(rows, results, seeds, dense), *_one_shot(pattern, dense, results, seeds), ""]
+        page += [f"**{pattern}**\n", *_table(rows, results, seeds, dense), *_one_shot(pattern, dense, results, seeds), ""]
     page += [
-        f"\nOne thing changed in STEP, {PATTERNS[0]}, at STEP's rate and lam:\n",
+        f"One thing changed in STEP, {PATTERNS[0]}, at STEP's rate and lam:\n",
         *_table(changed, results, seeds, dense),
         f"\nThe grid, seed {seeds[0]}:\n",
         *_grid(results, rates, lams, seeds[0]),
@@ -101,7 +101,7 @@ def _table(runs: Mapping[str, Run], results: Results, seeds: Sequence[int], dens
     base = statistics.mean(_losses(dense, results, seeds))
     for row, run in runs.items():
         losses = _losses(run, results, seeds)
-        lam = "" if run.lam is None else f"{run.lam:g}"
+        lam = f"{run.lam:g}" if run.lam is not None and (ROWS | ABLATIONS)[row].has_lam else ""
         switches = _switches([results[replace(run, seed=seed).key] for seed in seeds])
         lines.append(f"| {row} | {_cells(losses, base)} | {run.rate:g} | {lam} | {switches} |")
     return lines
