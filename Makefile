@@ -34,7 +34,7 @@ format: $(VENV)/.ready ## let ruff lay the code out
 	@$(BIN)/ruff format .
 
 .PHONY: compare
-compare: $(VENV)/.ready ## every recipe on the demo task, tuned, three seeds (about three quarters of an hour)
+compare: $(VENV)/.ready ## every recipe on the demo task, tuned, three seeds (about an hour)
 	@$(BIN)/python examples/benchmarks/compare.py
 
 .PHONY: gpu
