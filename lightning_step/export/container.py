@@ -143,7 +143,7 @@ def write_tensors(
             if name not in offsets or found != slots[name]:
                 raise ConfigurationError(f"Expected {name!r} as {slots.get(name)}, each once, but got {found}.")
             file.seek(offsets.pop(name))
-            data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(data), _CHUNK):
                 file.write(data[start : start + _CHUNK])
     if offsets:

@@ -226,8 +226,9 @@ def to_semi_structured(model: nn.Module, dtype: torch.dtype | None = None) -> Se
 def _linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Linear, nn.Parameter]]:
     for name, module in named_modules(model):
         # A subclass that multiplies in a way of its own may not know such a weight.
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "weight" in module._parameters:
-            yield f"{name}.weight" if name else "weight", module, module.weight
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and weight is not None:
+            yield f"{name}.weight" if name else "weight", module, weight
 
 
 def _strangers(model: nn.Module, weights: set[int]) -> dict[int, str]:

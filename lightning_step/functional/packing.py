@@ -28,6 +28,14 @@ from torch import Tensor
 
 from lightning_step.errors import PatternError, ViolationError
 from lightning_step.functional.mask import as_groups, nm_mask
+from lightning_step.functional.ranks import (
+    bits_from_bytes,
+    bits_to_bytes,
+    numbers_from_bytes,
+    numbers_to_bytes,
+    places_of,
+    ranks_of,
+)
 from lightning_step.functional.stats import find_violation
 from lightning_step.pattern import NMPattern
 
@@ -200,14 +208,14 @@ def _kept(rows: Tensor, pattern: NMPattern, groups: int) -> tuple[Tensor, Tensor
         bits = (_as_integers(rows) != 0).to(torch.float32) @ table.weights  # exact: sums of 16 different powers of two
         codes = bits.to(torch.int32)
         if not bool(table.full[codes].any()):
-            return table.places[codes], _to_bytes(table.ranks[codes], index_width(pattern))
+            return table.places[codes], numbers_to_bytes(table.ranks[codes], index_width(pattern))
     # More than n are not plus zero: minus zeros without room, which are dropped, or weights, which are not.
     if bool(((rows != 0).sum(1) > pattern.n).any()):
         return None
     places = _kept_places(rows, pattern)
     if _is_wide(pattern):
-        return places, _bits_to_bytes(places.new_zeros(len(rows), pattern.m, dtype=torch.uint8).scatter_(1, places, 1))
-    return places, _to_bytes(_ranks(places, pattern), index_width(pattern))
+        return places, bits_to_bytes(places.new_zeros(len(rows), pattern.m, dtype=torch.uint8).scatter_(1, places, 1))
+    return places, numbers_to_bytes(ranks_of(places, pattern), index_width(pattern))
 
 
 def _broken(weight: Tensor, pattern: NMPattern, dim: int) -> str:
@@ -238,12 +246,12 @@ def _table(pattern: NMPattern, device: torch.device) -> _Table:
     bits = (codes[:, None] >> torch.arange(pattern.m, device=device)) & 1
     places = _kept_places(bits, pattern)
     weights = 2.0 ** torch.arange(pattern.m, device=device)
-    return _Table(weights, bits.sum(1) > pattern.n, places, _ranks(places, pattern))
+    return _Table(weights, bits.sum(1) > pattern.n, places, ranks_of(places, pattern))
 
 
 @lru_cache(maxsize=16)
 def _places_by_rank(pattern: NMPattern, device: torch.device) -> Tensor:
-    return _places(torch.arange(pattern.choices, device=device), pattern)
+    return places_of(torch.arange(pattern.choices, device=device), pattern)
 
 
 def _is_wide(pattern: NMPattern) -> bool:
@@ -266,70 +274,16 @@ def _kept_places(rows: Tensor, pattern: NMPattern) -> Tensor:
     return kept.nonzero()[:, 1].reshape(-1, pattern.n)
 
 
-def _ranks(places: Tensor, pattern: NMPattern) -> Tensor:
-    table = _binomials(pattern, places.device)
-    return sum((table[j][places[:, j] - j] for j in range(pattern.n)), torch.zeros_like(places[:, 0]))
-
-
 def _places_from(index: Tensor, pattern: NMPattern, some: slice, groups: int) -> Tensor:
     count, width = some.stop - some.start, index_width(pattern)
     if _is_wide(pattern):
-        fields = _from_bytes(index, count, width)
+        fields = bits_from_bytes(index, count, width)
         if bool((fields.sum(1) != pattern.n).any()):
             raise PatternError(f"Expected {pattern.n} set bits in every mask, but got another number. The index is damaged.")
         return fields.nonzero()[:, 1].reshape(-1, pattern.n)
-    ranks = _ranks_from(index, count, width)
+    ranks = numbers_from_bytes(index, count, width)
     if bool((ranks >= pattern.choices).any()):
         raise PatternError(
             f"Expected mask ranks below {pattern.choices} for {pattern}, but got {int(ranks.max())}. The index is damaged."
         )
-    return _places_by_rank(pattern, index.device)[ranks] if _has_table(pattern, groups) else _places(ranks, pattern)
-
-
-def _places(ranks: Tensor, pattern: NMPattern) -> Tensor:
-    table = _binomials(pattern, ranks.device)
-    places = torch.empty(len(ranks), pattern.n, dtype=torch.long, device=ranks.device)
-    for j in reversed(range(pattern.n)):  # the largest c with C(c, j+1) <= r is the place of the j-th kept weight
-        above = torch.searchsorted(table[j], ranks, right=True) - 1
-        places[:, j] = above + j
-        ranks = ranks - table[j][above]
-    return places
-
-
-def _binomials(pattern: NMPattern, device: torch.device) -> Tensor:
-    """Row j holds C(j+i, j+1) for i = 0 .. m-n: the j-th kept weight is at one of the places j+i. (n, m-n+1), int64."""
-    rows = [[math.comb(j + i, j + 1) for i in range(pattern.m - pattern.n + 1)] for j in range(pattern.n)]
-    return torch.tensor(rows, dtype=torch.long, device=device)
-
-
-def _to_bytes(numbers: Tensor, width: int) -> Tensor:
-    """Numbers of ``width`` bits, one behind the other, as bytes; the lowest bit comes first."""
-    if width > 7:
-        return _bits_to_bytes((numbers[:, None] >> torch.arange(width, device=numbers.device)) & 1)
-    count = -(-len(numbers) * width // 8)
-    eights = torch.nn.functional.pad(numbers, (0, -len(numbers) % 8)).reshape(-1, 8)
-    words = (eights << (width * torch.arange(8, device=numbers.device))).sum(1)  # 8 * width bits each
-    return ((words[:, None] >> (8 * torch.arange(width, device=numbers.device))) & 255).to(torch.uint8).flatten()[:count]
-
-
-def _ranks_from(index: Tensor, count: int, width: int) -> Tensor:
-    if width > 7:
-        fields = _from_bytes(index, count, width).long()
-        return (fields << torch.arange(width, device=index.device)).sum(1)
-    if width == 0:
-        return torch.zeros(count, dtype=torch.long, device=index.device)
-    padded = torch.nn.functional.pad(index, (0, -len(index) % width)).reshape(-1, width).long()
-    words = (padded << (8 * torch.arange(width, device=index.device))).sum(1)
-    numbers = (words[:, None] >> (width * torch.arange(8, device=index.device))) & (2**width - 1)
-    return numbers.flatten()[:count]
-
-
-def _bits_to_bytes(bits: Tensor) -> Tensor:
-    stream = bits.flatten().long()
-    stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).reshape(-1, 8)
-    return (stream << torch.arange(8, device=bits.device)).sum(1).to(torch.uint8)
-
-
-def _from_bytes(index: Tensor, groups: int, width: int) -> Tensor:
-    bits = (index[:, None] >> torch.arange(8, dtype=torch.uint8, device=index.device)) & 1
-    return bits.flatten()[: groups * width].reshape(groups, width)
+    return _places_by_rank(pattern, index.device)[ranks] if _has_table(pattern, groups) else places_of(ranks, pattern)

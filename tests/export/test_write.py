@@ -221,3 +221,28 @@ def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match=r"^Expected `format` to be one of \['dense', 'packed'\], but got 'onnx'"):
         export_model(small()[0], tmp_path / "file", "onnx")
     assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_packed_file_of_a_million_weights_is_within_one_percent_of_its_content(dtype, tmp_path):
+    model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(4)]).to(dtype)
+    apply_nm_masks(model, NMPattern(2, 4))
+    size = export_model(model, tmp_path / "file", "packed").bytes
+    content = 2**20 * (dtype.itemsize * 8 / 2 + 3 / 4) / 8
+    assert content < size < 1.01 * content
+
+
+@pytest.mark.parametrize("format", ["dense", "packed"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_quantized_tensors_are_verified_and_come_back(dtype, format, tmp_path, zoo):
+    """A parameter of one byte a weight, as a quantizer leaves it."""
+    model = nn.Linear(16, 8, bias=False)
+    targets = find_targets(model, NMPattern(2, 4))
+    weight = torch.arange(-64, 64).reshape(8, 16).float().div(16 if dtype.is_floating_point else 1).to(dtype)
+    weight.view(torch.uint8).view(-1, 4)[:, ::2] = 0
+    model.weight = nn.Parameter(weight, requires_grad=False)
+    path = export_model(model, tmp_path / "file", format, targets=targets).path
+    assert zoo.bits_of(load_sparse(path)) == zoo.bits_of({"weight": weight})
+    weight.view(torch.uint8)[3, 4:8] = 1
+    with pytest.raises(ViolationError, match=r"got 4 non-zero weights in group \(3, 1\)"):
+        export_model(model, path, format, targets=targets)

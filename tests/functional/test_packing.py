@@ -228,3 +228,59 @@ def test_a_stored_mask_with_another_number_of_bits_is_refused(byte):
     packed.index[byte] ^= 1
     with pytest.raises(PatternError, match=r"^Expected 50 set bits in every mask, .* The index is damaged\.$"):
         unpack_nm(packed, NMPattern(50, 100), (2, 100))
+
+
+# The kept values of a group, (1, -2), in every dtype that training and quantization leave behind, as standards write them.
+GOLDEN_VALUES = {
+    torch.float32: "0000803f 000000c0",
+    torch.float16: "003c 00c0",
+    torch.bfloat16: "803f 00c0",
+    torch.int8: "01 fe",
+    torch.float8_e4m3fn: "38 c0",
+    torch.float8_e5m2: "3c c0",
+}
+
+
+@pytest.mark.parametrize("dtype", GOLDEN_VALUES, ids=str)
+def test_golden_bytes_of_every_dtype(dtype):
+    weight = torch.tensor([[0.0, 1.0, 0.0, -2.0]]).to(dtype)
+    packed = pack_nm(weight, NMPattern(2, 4))
+    assert packed.values.view(torch.uint8).numpy().tobytes() == bytes.fromhex(GOLDEN_VALUES[dtype])
+    assert packed.index.tolist() == [4]
+    back = unpack_nm(packed, NMPattern(2, 4), (1, 4))
+    assert torch.equal(bits(back), bits(weight))
+
+
+LARGE = [NMPattern(*nm) for nm in ((2, 4), (1, 4), (4, 8), (3, 8), (1, 16), (8, 16), (1, 32))]
+
+
+@pytest.mark.parametrize("pattern", LARGE, ids=str)
+def test_many_slices_of_a_large_tensor_come_back_and_no_bit_is_spent(pattern):
+    """More weights than are worked on at a time, and not a whole number of slices; tables and arithmetic agree."""
+    rows = 2**20 // pattern.m + 13
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, pattern.m, generator=generator).bfloat16()
+    weight[torch.rand(rows, pattern.m, generator=generator).argsort(1) >= pattern.n] = 0.0
+    weight[::7] = 0.0
+    weight[5::11] *= -0.0  # minus zeros everywhere, more than there is room for
+    packed = pack_nm(weight, pattern)
+    back = unpack_nm(packed, pattern, tuple(weight.shape))
+    assert torch.equal(back, weight)
+    ideal = rows * (pattern.n * 16 + math.ceil(math.log2(math.comb(pattern.m, pattern.n)))) / 8
+    taken = packed.values.nbytes + packed.index.nbytes
+    assert ideal <= taken < ideal + 1
+    for start in (0, rows // 2 // 8 * 8, (rows - 40) // 8 * 8):  # a small tensor takes the arithmetic at m = 16
+        part = pack_nm(weight[start : start + 40], pattern)
+        assert torch.equal(bits(part.values), bits(packed.values[start : start + 40]))
+        first = start * index_width(pattern) // 8
+        whole_bytes = 40 * index_width(pattern) // 8 if start + 40 < rows else len(packed.index) - first
+        assert torch.equal(part.index[:whole_bytes], packed.index[first : first + whole_bytes])
+
+
+def test_a_violation_in_a_later_slice_is_named_by_its_place_in_the_tensor():
+    weight = torch.zeros(2**17, 8)
+    weight[100_000, 4:7] = 1.0
+    with pytest.raises(ViolationError, match=r"but got 3 in group \(100000, 1\) \(1 groups in all\)"):
+        pack_nm(weight, NMPattern(2, 4))
+    minus = torch.full((2**17, 4), -0.0)
+    assert unpack_nm(pack_nm(minus, NMPattern(2, 4)), NMPattern(2, 4), (2**17, 4)).signbit().sum() == 2**18
