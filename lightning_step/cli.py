@@ -1,4 +1,4 @@
-"""The command line: ``lightning-step fit --config ...`` is LightningCLI with this package's callbacks at hand."""
+"""The command line: commands on files, and ``lightning-step fit``, LightningCLI with this package's callbacks at hand."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from lightning_step.commands import COMMANDS, help_text, run_command
 from lightning_step.errors import LightningStepError
 from lightning_step.version import __version__
 
@@ -31,6 +32,11 @@ def main(args: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         sys.stdout.write(f"lightning-step {__version__}\n")
         return 0
+    if arguments in (["--help"], ["-h"]):
+        sys.stdout.write(f"{help_text()}\n")
+        return 0
+    if arguments and arguments[0] in COMMANDS:
+        return run_command(arguments)
     if find_spec("jsonargparse") is None:
         sys.stderr.write("lightning-step needs jsonargparse for its command line: pip install 'lightning-step[cli]'\n")
         return 2

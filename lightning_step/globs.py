@@ -12,7 +12,7 @@ from lightning_step.errors import ArgumentTypeError, TargetError
 from lightning_step.naming import named_modules
 from lightning_step.pattern import NMPattern
 
-__all__ = ["Selection"]
+__all__ = ["Selection", "check_globs"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Selection:
         for argument, globs in (("include", include or ()), ("exclude", exclude), ("overrides", overrides)):
             if isinstance(globs, str):
                 raise ArgumentTypeError(f"Expected `{argument}` to be a list of globs, but got the string {globs!r}.")
-            _check_globs(argument, globs, names)
+            check_globs(argument, globs, names)
         return cls(None if include is None else tuple(include), tuple(exclude), overrides)
 
     def refusal(self, names: Sequence[str]) -> str | None:
@@ -131,7 +131,20 @@ def _with_parents(name: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _check_globs(argument: str, globs: Iterable[str], names: Sequence[str]) -> None:
+def check_globs(argument: str, globs: Iterable[str], names: Sequence[str]) -> None:
+    """Refuse a glob that matches nothing.
+
+    Args:
+        argument: What the user calls the list.
+        globs: The globs.
+        names: Of all modules and tensors.
+
+    Raises:
+        TargetError: If a glob matches none of the names.
+
+    Example:
+        >>> check_globs("include", ["fc*"], ["fc1", "fc1.weight"])
+    """
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             shown = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

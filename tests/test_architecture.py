@@ -37,8 +37,8 @@ LAYERS = {
         "summary",
         "hooks",
     ],
-    3: ["recipes", "masking", "watching", "freezing", "resume", "events", "wiring", "sparsifier"],
-    4: ["callbacks"],
+    3: ["recipes", "masking", "watching", "freezing", "resume", "events", "wiring", "sparsifier", "checkpoints"],
+    4: ["callbacks", "commands"],
     5: ["reports", "cli", "__main__"],
     6: ["__init__"],
 }

@@ -21,6 +21,7 @@ from lightning_step.callbacks.trainer import (
 )
 from lightning_step.errors import ConfigurationError, ResumeError, TargetError
 from lightning_step.events import SwitchEvent
+from lightning_step.export import accelerations, short_form
 from lightning_step.masking import parameter_of
 from lightning_step.parametrization import apply_nm_masks, nm_masks
 from lightning_step.pattern import NMPattern
@@ -136,7 +137,9 @@ class STEPSparsityCallback(pl.Callback):
             self.sparsifiers.append(self._sparsifier(trainer, pl_module, index))
         self._silent = not self.verbose
         if self.verbose:
-            rank_zero_info(f"{format_targets(self._shown_targets())}\nrecipe: {brief(describe(self.recipe))}")
+            runtimes = short_form(accelerations(pl_module, torch.bfloat16))  # no sparse kernel takes 2:4 in float32
+            table = format_targets(self._shown_targets())
+            rank_zero_info(f"{table}\n{runtimes}\nrecipe: {brief(describe(self.recipe))}")
         if restored is not None:
             self._restore(restored)
         if lost:

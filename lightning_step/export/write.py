@@ -22,7 +22,7 @@ from lightning_step.parametrization import NMMask
 from lightning_step.sharding import any_sharded, is_first, on_one, reshard, whole
 from lightning_step.targets import Targets
 
-__all__ = ["FORMATS", "Exported", "check_format", "export_model"]
+__all__ = ["FORMATS", "Exported", "check_format", "export_model", "export_tensors"]
 
 FORMATS: tuple[Format, ...] = ("dense", "packed")
 VALUES, INDEX = ".nm_values", ".nm_index"
@@ -133,12 +133,53 @@ def export_model(
     return on_one(export)
 
 
+@torch.no_grad()
+def export_tensors(
+    tensors: Mapping[str, Tensor],
+    sparse: Mapping[str, SparseTensor],
+    path: str | os.PathLike[str],
+    format: Format = "dense",
+    *,
+    masks: Mapping[str, NMMask] | None = None,
+    aliases: Mapping[str, str] | None = None,
+    info: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Write tensors that no model holds: those of another file, or of a checkpoint. Every pattern is verified.
+
+    Args:
+        tensors: Each once, by name.
+        sparse: What has to hold a pattern, by the same names.
+        path: The file to write.
+        format: See `export_model`.
+        masks: What is still to be applied, by the same names.
+        aliases: Other names of tensors.
+        info: Plain values to keep in the manifest.
+
+    Returns:
+        Path, manifest and size.
+
+    Raises:
+        ConfigurationError: If the path cannot be written or the format is unknown.
+        ViolationError: If a tensor does not hold its pattern.
+        ExportError: If writing fails midway. The old file is left as it was.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/layer.safetensors"
+        >>> export_tensors({"a": torch.zeros(1, 4)}, {"a": SparseTensor(2, 4, 1, (1, 4))}, path).manifest.format
+        'dense'
+    """
+    plan = _Plan(check_writable(path), check_format(format), sparse, dict(aliases or {}), dict(info or {}), "")
+    return _export(plan, tensors, lambda name: harden(tensors[name], (masks or {}).get(name)))
+
+
 class _Plan(NamedTuple):
     path: Path
     format: Format
     sparse: Mapping[str, SparseTensor]
     aliases: Mapping[str, str]
     info: Mapping[str, Any]
+    safe: str = _SAFE
 
 
 def _gathered(tensors: Mapping[str, Tensor], masks: Mapping[str, NMMask]) -> dict[str, Tensor]:
@@ -164,7 +205,7 @@ def _export(plan: _Plan, tensors: Mapping[str, Tensor], hard: Callable[[str], Te
         size = sum(slot.bytes for slot in slots.values())
         raise ExportError(
             f"Expected to write {size:,} bytes to {str(plan.path)!r}, but got: {error}. What was there before is untouched. "
-            f"Make room, or choose another path. {_SAFE}"
+            f"Make room, or choose another path. {plan.safe}".rstrip()
         ) from error
 
 
