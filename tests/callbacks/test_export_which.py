@@ -104,3 +104,13 @@ def test_export_now_writes_the_model_of_now_and_training_goes_on(tiny, make_trai
     alone = tiny()
     make_trainer(STEPSparsityCallback(recipe=SRSTE()), steps=6).fit(alone)
     assert torch.equal(alone.net[0].weight, watched.net[0].weight)
+
+
+def test_the_start_says_what_runs_where_and_the_manifest_names_the_layers(tiny, make_trainer, tmp_path, caplog):
+    export = SparseExport(str(tmp_path / "model.safetensors"))
+    with caplog.at_level("INFO"):
+        make_trainer(STEPSparsityCallback(recipe=SRSTE()), export, steps=1).fit(tiny())
+    assert "can run sparse as bfloat16: torch cuSPARSELt 0 of 3 tensors (" in caplog.text
+    assert "torch CUTLASS 0, TensorRT 3\n" in caplog.text
+    layers = read_manifest(tmp_path / "model.safetensors").info["layers"]
+    assert layers == {"net.0.weight": "linear", "net.2.weight": "linear", "head.weight": "linear"}
