@@ -55,3 +55,13 @@ def test_samples_are_taken_on_as_many_coordinates_as_the_callback_is_told(tiny: 
         state = callback.sparsifiers[0].state_dict()
         changes.append(str(state["open"]))
     assert changes[0] != changes[1]
+
+
+def test_a_second_fit_samples_its_own_second_moment_from_the_beginning(tiny: Any, make_trainer: Any) -> None:
+    switch = AutoSwitch(window=4, threshold=1e-30, t_min=50, t_max=60)
+    module, callback = tiny(), STEPSparsityCallback(recipe=STEP(switch), read_every=1)
+    for steps in (6, 3):
+        make_trainer(callback, steps=steps).fit(module)
+    state = callback.sparsifiers[0].state_dict()
+    assert state["t"] == 9  # the steps go on
+    assert [len(own["samples"]) for own in state["open"].values()] == [3, 3]  # what the new optimizer did
