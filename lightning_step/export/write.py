@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_step.errors import ConfigurationError, ExportError
+from lightning_step.errors import ConfigurationError, ExportError, ViolationError
 from lightning_step.export.container import Slot, write_tensors
 from lightning_step.export.files import atomic_write, check_writable
 from lightning_step.export.hardening import harden, masks_to_apply, sparse_entries, tensors_of, verify
 from lightning_step.export.manifest import HEADER_KEY, Format, Manifest, SparseTensor
-from lightning_step.functional import pack_nm
+from lightning_step.functional import Packed, pack_nm
 from lightning_step.functional.packing import check_packable, index_bytes
 from lightning_step.parametrization import NMMask
 from lightning_step.sharding import any_sharded, is_first, on_one, reshard, whole
@@ -230,15 +230,24 @@ def _stored(tensors: Mapping[str, Tensor], plan: _Plan, hard: Callable[[str], Te
     """Every tensor of the file, made when it is asked for and verified."""
     for name in tensors:
         tensor, entry = hard(name), plan.sparse.get(name)
-        if entry is not None:
-            verify(name, tensor, entry)
-        if entry is None or plan.format == "dense":
-            yield name, tensor
-        else:
-            packed = pack_nm(tensor, entry.pattern, entry.dim)
+        if entry is not None and plan.format == "packed":
+            packed = _packed(name, tensor, entry)
             del tensor  # not needed any more while the parts are written
             yield name + VALUES, packed.values
             yield name + INDEX, packed.index
+            continue
+        if entry is not None:
+            verify(name, tensor, entry)
+        yield name, tensor
+
+
+def _packed(name: str, tensor: Tensor, entry: SparseTensor) -> Packed:
+    """Packing proves the pattern on its way; only where it refuses is the tensor searched again, to name it."""
+    try:
+        return pack_nm(tensor, entry.pattern, entry.dim)
+    except ViolationError:
+        verify(name, tensor, entry)
+        raise
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:
