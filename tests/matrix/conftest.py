@@ -206,3 +206,25 @@ def matrix_trainer(tmp_path: Path) -> Callable[..., pl.Trainer]:
         return pl.Trainer(**{**quiet, "callbacks": list(callbacks), **arguments})
 
     return make
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., pl.Trainer]:
+    """Makes a quiet trainer on the CPU; three epochs, so the switch of most recipes is half-way."""
+
+    def make(*callbacks: pl.Callback, **arguments: Any) -> pl.Trainer:
+        quiet = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
+            "max_epochs": 3,
+            "default_root_dir": tmp_path,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 0,
+        }
+        return pl.Trainer(**{**quiet, "callbacks": list(callbacks), **arguments})
+
+    return make

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -98,22 +98,6 @@ def by_sorting() -> Callable[[Tensor], Tensor]:
 
 
 @pytest.fixture
-def make_trainer(tmp_path: Path) -> Callable[..., pl.Trainer]:
-    """Makes a quiet trainer on the CPU, for three epochs."""
-
-    def make(*callbacks: pl.Callback, **arguments: Any) -> pl.Trainer:
-        quiet = {
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
-            "max_epochs": 3,
-            "default_root_dir": tmp_path,
-            "num_sanity_val_steps": 0,
-            "limit_val_batches": 1,
-        }
-        return pl.Trainer(**{**quiet, "callbacks": list(callbacks), **arguments})
-
-    return make
+def make_trainer(make_trainer: Callable[..., pl.Trainer]) -> Callable[..., pl.Trainer]:
+    """The same, with one validation batch: what it sees is looked at."""
+    return partial(make_trainer, limit_val_batches=1)
