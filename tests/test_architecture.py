@@ -35,6 +35,7 @@ LAYERS = {
         "sampling",
         "export",
         "summary",
+        "figures",
         "hooks",
     ],
     3: ["recipes", "masking", "watching", "freezing", "resume", "events", "wiring", "sparsifier", "checkpoints"],

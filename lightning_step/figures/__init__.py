@@ -1,0 +1,5 @@
+"""Pictures of what a run did, drawn from plain numbers."""
+
+from lightning_step.figures.variance import Curve, VarianceLog, draw_variance
+
+__all__ = ["Curve", "VarianceLog", "draw_variance"]
