@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_step.errors import ConfigurationError
+from lightning_step.figures.canvas import blank_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,11 +62,12 @@ class VarianceLog:
         return last if any(step > last for step in self.phase.steps) else None
 
 
-def draw_variance(log: VarianceLog) -> Figure:
+def draw_variance(log: VarianceLog, marks: Mapping[int, str] | None = None) -> Figure:
     """Draw Z, its window mean and the threshold on a log axis, with the switch marked.
 
     Args:
         log: What to draw; ``change`` must not be empty.
+        marks: What began at which step, where that is known better than from the curves.
 
     Returns:
         A figure that no window and no global state knows of.
@@ -78,19 +80,10 @@ def draw_variance(log: VarianceLog) -> Figure:
         >>> draw_variance(VarianceLog(Curve((10, 20), (2e-8, 9e-9)), none, none, none)).axes[0].get_yscale()
         'log'
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigurationError(
-            "Expected matplotlib to be installed, because it draws the figure, but could not import it. "
-            "Run: pip install 'lightning-step[plots]'."
-        ) from error
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")  # not through pyplot: no global state, no display
-    FigureCanvasAgg(figure)
+    figure = blank_figure(8, 4.5)
     axes = figure.add_subplot()
     _draw(axes, log)
-    _mark(axes, log)
+    _mark(axes, log, _marks_of(log) if marks is None else marks)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -112,21 +105,26 @@ def _draw(axes: Axes, log: VarianceLog) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _mark(axes: Axes, log: VarianceLog) -> None:
-    """Vertical lines where masks began and where v froze, one line if that was one event; what comes later is cut short."""
-    end = max(log.phase.steps or log.change.steps)
+def _marks_of(log: VarianceLog) -> dict[int, str]:
+    """Where masks began and where v froze, one mark if that was one event."""
     marks: dict[int, list[str]] = {}
     for step, what in ((log.masks_on, "masks on"), (log.frozen, "v frozen")):
         if step is not None:
             marks.setdefault(step, []).append(what)
-    right = min(end, 2 * max(marks, default=end))
+    return {step: ", ".join(events) for step, events in marks.items()}
+
+
+def _mark(axes: Axes, log: VarianceLog, marks: Mapping[int, str]) -> None:
+    """Vertical lines at the marks; what comes long after the last is cut short."""
+    end = max(log.phase.steps or log.change.steps)
+    right = min(end, 2 * max(marks, default=end) or end) or 1  # masks may be on from step 0
     axes.set_xlim(0, right)
-    for i, (step, events) in enumerate(sorted(marks.items())):
+    for i, (step, what) in enumerate(sorted(marks.items())):
         before = step > right / 2  # no room for the label behind the line
         axes.axvline(step, color="#2e7d32", linewidth=1.2)
         axes.axvspan(step, right, color="#2e7d32", alpha=0.05, linewidth=0)
         axes.annotate(
-            f"step {step} of {end}: {', '.join(events)}",
+            f"step {step} of {end}: {what}",
             (step, 0.95 - 0.08 * i),
             xycoords=("data", "axes fraction"),
             xytext=(-6 if before else 6, 0),

@@ -42,3 +42,14 @@ def test_values_that_a_log_axis_cannot_show_are_no_trouble(values: tuple[float, 
     figure = draw_variance(VarianceLog(Curve((10, 20), values), NONE, NONE, Curve((10, 20), (1, 1))))
     figure.canvas.draw()
     assert figure.axes[0].get_yscale() == scale
+
+
+def test_marks_that_are_given_replace_those_of_the_curves() -> None:
+    log = VarianceLog(Curve((10, 20), (2.0, 1.0)), NONE, NONE, Curve((10, 20, 30), (2, 2, 2)))
+    assert [text.get_text() for text in draw_variance(log).axes[0].texts] == [
+        "step 10 of 30: masks on",
+        "step 20 of 30: v frozen",
+    ]
+    axes = draw_variance(log, {0: "masks on"}).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["step 0 of 30: masks on"]
+    assert axes.get_xlim() == (0, 30), "masks that are on from step 0 cut nothing short"
