@@ -5,6 +5,7 @@ from lightning_step.functional.adam import (
     PreconditionForm,
     adam_bound,
     adam_step,
+    moment_behind,
     preconditioned_step,
     preconditioner,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "index_width",
     "kept_magnitude_update",
     "magnitude_mask",
+    "moment_behind",
     "nadam_bound",
     "nadam_momentum",
     "nadam_step",

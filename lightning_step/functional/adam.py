@@ -18,7 +18,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["AdamState", "PreconditionForm", "adam_bound", "adam_step", "preconditioned_step", "preconditioner"]
+__all__ = [
+    "AdamState",
+    "PreconditionForm",
+    "adam_bound",
+    "adam_step",
+    "moment_behind",
+    "preconditioned_step",
+    "preconditioner",
+]
 
 PreconditionForm = Literal["adam", "paper"]
 r"""``adam``: :math:`\sqrt{\hat v}+\epsilon` with guarded dead coordinates; ``paper``: :math:`\sqrt{v+\epsilon}`."""
@@ -142,6 +150,36 @@ def preconditioner(
     guarded = torch.where(root > eps, root, torch.maximum(root, typical))
     # Adding eps in float16 would round it away and leave an exact zero to divide by.
     return (guarded + eps).to(v.dtype).clamp_min(torch.finfo(v.dtype).tiny)
+
+
+def moment_behind(
+    precondition: Tensor, t: int, *, beta2: float, eps: float = 1e-8, form: PreconditionForm = "adam"
+) -> Tensor:
+    r"""The second moment that a preconditioner was made of, to look at: `preconditioner` backwards.
+
+    .. math:: v_{t_0} = (D - \epsilon)^2\,(1-\beta_2^{t_0})
+
+    A guarded coordinate gives what it was given, see Note [Dead coordinates]; with ``form="paper"``, a v far below ``eps``
+    has left no trace.
+
+    Args:
+        precondition: :math:`D`, any float dtype, any shape. Not modified.
+        t: Optimizer steps that made the second moment, :math:`t_0 \ge 1`.
+        beta2: Decay of the second moment.
+        eps: Adam's epsilon.
+        form: How D was made.
+
+    Returns:
+        :math:`v_{t_0}`, same shape, float32 or wider.
+
+    Example:
+        >>> moment_behind(preconditioner(torch.tensor([0.04]), 1, beta2=0.99), 1, beta2=0.99)
+        tensor([0.0400])
+    """
+    wide = precondition if precondition.dtype == torch.float64 else precondition.float()
+    if form == "paper":
+        return (wide.square() - eps).clamp_min(0)
+    return (wide - eps).square() * (1 - beta2**t)
 
 
 def adam_bound(betas: tuple[float, float]) -> float:

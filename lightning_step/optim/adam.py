@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_step.errors import OptimizerError
-from lightning_step.functional import PreconditionForm, adam_bound, preconditioner
+from lightning_step.functional import PreconditionForm, adam_bound, moment_behind, preconditioner
 from lightning_step.optim.base import Moments, SecondMomentAdapter
 from lightning_step.sharding import local, whole_count, whole_mean
 
@@ -86,6 +86,11 @@ class AdamAdapter(SecondMomentAdapter):
             local(state["exp_avg_sq"]).copy_(made)
             frozen.append(parameter)
         return frozen
+
+    @override
+    def moment_behind(self, group: Mapping[str, Any], precondition: Tensor, t: int, form: PreconditionForm) -> Tensor:
+        moments = self.moments(group)
+        return moment_behind(precondition, t, beta2=moments.beta2, eps=self._eps(t, moments), form=form)
 
     @override
     @torch.no_grad()

@@ -109,6 +109,20 @@ class SecondMomentAdapter(ABC):
         """
 
     @abstractmethod
+    def moment_behind(self, group: Mapping[str, Any], precondition: Tensor, t: int, form: PreconditionForm) -> Tensor:
+        """The second moment that a preconditioner was made of, to look at.
+
+        Args:
+            group: The parameter group.
+            precondition: D of one of its parameters.
+            t: Optimizer steps taken when it was made.
+            form: How it was made.
+
+        Returns:
+            A new tensor of the same shape, float32 or wider.
+        """
+
+    @abstractmethod
     def step(self, optimizer: Optimizer, grads: Mapping[Tensor, Tensor], max_step: float | None) -> None:
         """Take one preconditioned step of frozen parameters, instead of the optimizer's own.
 

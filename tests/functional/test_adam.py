@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_step.functional import AdamState, adam_bound, adam_step, preconditioned_step, preconditioner
+from lightning_step.functional import (
+    AdamState,
+    adam_bound,
+    adam_step,
+    moment_behind,
+    preconditioned_step,
+    preconditioner,
+)
 
 HALF_DTYPES = [torch.float16, torch.bfloat16]
 DECAYS = [(0.0, False), (0.1, False), (0.1, True)]  # weight_decay, decoupled
@@ -112,6 +119,23 @@ def test_dead_coordinates_take_the_root_mean_square_of_their_tensor(t, eps):
     made = preconditioner(torch.tensor(v, dtype=torch.float64).reshape(2, 3), t, beta2=0.99, eps=eps)
     assert made.shape == (2, 3)
     assert made.flatten().tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("form", "smallest"), [("adam", 1e-13), ("paper", 1e-5)])
+@pytest.mark.parametrize("t", [1, 500])
+def test_the_moment_behind_a_preconditioner_is_found_again(t, form, smallest, dtype):
+    v = (normal(64).square() + smallest).to(dtype)
+    behind = moment_behind(preconditioner(v, t, beta2=0.999, form=form), t, beta2=0.999, form=form)
+    assert behind.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(behind, v.to(behind), rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_the_moment_behind_a_guarded_coordinate_is_the_mean_of_its_tensor():
+    v = torch.tensor([0.04, 0.0, 0.08, 0.0], dtype=torch.float64)
+    behind = moment_behind(preconditioner(v, 7, beta2=0.99), 7, beta2=0.99)
+    assert behind.tolist() == pytest.approx([0.04, 0.03, 0.08, 0.03])
+    assert moment_behind(preconditioner(v, 7, beta2=0.99, form="paper"), 7, beta2=0.99, form="paper").min() >= 0
 
 
 def test_the_guard_never_lowers_a_denominator():
