@@ -11,8 +11,8 @@ Note [Mask rank]
 Note [Tables]
     Which places are kept, and their rank, follow from which weights of a group are not plus zero: ``m`` bits. Up to m = 8,
     and up to 16 for tensors that are worth it, both are looked up in tables of ``2**m`` rows; the arithmetic that other
-    patterns take makes them. Everything runs over a slice of the groups at a time, so that it stays in the cache and takes
-    memory for a slice, not for the tensor.
+    patterns take makes them. The smallest groups are not even taken apart, see Note [Words]. Everything runs over a slice of
+    the groups at a time, so that it stays in the cache and takes memory for a slice, not for the tensor.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from lightning_step.functional.ranks import (
     ranks_of,
 )
 from lightning_step.functional.stats import find_violation
+from lightning_step.functional.words import as_integers, put_kept, suits_words, take_kept, words_ready
 from lightning_step.pattern import NMPattern
 
 __all__ = ["Packed", "check_packable", "index_bytes", "index_width", "pack_nm", "unpack_nm"]
@@ -44,7 +45,7 @@ __all__ = ["Packed", "check_packable", "index_bytes", "index_width", "pack_nm", 
 _MAX_RANK_BITS = 62
 # What bounds time and memory of reading a file from a stranger: it unpacks to at most so many times its size.
 _MAX_GROUP, _MAX_GROWTH = 65_536, 1024
-_SLICE = 2**18  # weights that are worked on at a time
+_SLICE = 2**20  # weights that are worked on at a time
 
 
 @dataclass(frozen=True)
@@ -139,14 +140,13 @@ def pack_nm(weight: Tensor, pattern: NMPattern, dim: int = -1) -> Packed:
     check_packable(pattern)
     weight = weight.detach()
     rows = as_groups(weight.movedim(dim, -1), pattern).reshape(-1, pattern.m)  # (groups, m)
-    values = _as_integers(rows.new_empty(len(rows), pattern.n))
+    values = as_integers(rows.new_empty(len(rows), pattern.n))
     index = torch.empty(index_bytes(pattern, len(rows)), dtype=torch.uint8, device=rows.device)
     for groups, places_in_file in _slices(len(rows), pattern):
-        kept = _kept(rows[groups], pattern, len(rows))
-        if kept is None:
+        fields = _pack(rows[groups], pattern, len(rows), values[groups])
+        if fields is None:
             raise ViolationError(_broken(weight, pattern, dim))
-        places, index[places_in_file] = kept
-        torch.gather(_as_integers(rows[groups]), 1, places, out=values[groups])
+        index[places_in_file] = fields
     return Packed(values.view(weight.dtype), index)
 
 
@@ -184,10 +184,10 @@ def unpack_nm(packed: Packed, pattern: NMPattern, shape: tuple[int, ...], dim: i
         )
     if not groups:
         return packed.values.new_zeros(shape)
-    values = _as_integers(packed.values)
-    rows = values.new_zeros(groups, pattern.m)
+    values = as_integers(packed.values)
+    rows = values.new_empty(groups, pattern.m)
     for some, places_in_file in _slices(groups, pattern):
-        rows[some].scatter_(1, _places_from(packed.index[places_in_file], pattern, some, groups), values[some])
+        _unpack(values[some], packed.index[places_in_file], pattern, groups, rows[some])
     moved = list(shape)
     moved.append(moved.pop(dim))
     return rows.reshape(moved).movedim(-1, dim).contiguous().view(packed.values.dtype)
@@ -201,11 +201,32 @@ def _slices(groups: int, pattern: NMPattern) -> Iterator[tuple[slice, slice]]:
         yield slice(start, stop), slice(index_bytes(pattern, start), index_bytes(pattern, stop))
 
 
+def _pack(rows: Tensor, pattern: NMPattern, groups: int, values: Tensor) -> Tensor | None:
+    """Move the kept weights to ``values``; gives the bytes of their masks, None if a group has more than ``n`` non-zeros."""
+    if suits_words(pattern, rows.dtype.itemsize):
+        ranks = take_kept(words_ready(as_integers(rows)), pattern, values)
+        if ranks is not None:
+            return numbers_to_bytes(ranks, index_width(pattern))
+    kept = _kept(rows, pattern, groups)
+    if kept is None:
+        return None
+    places, fields = kept
+    torch.gather(as_integers(rows), 1, places, out=values)
+    return fields
+
+
+def _unpack(values: Tensor, index: Tensor, pattern: NMPattern, groups: int, rows: Tensor) -> None:
+    if suits_words(pattern, rows.dtype.itemsize):
+        put_kept(values, _ranks_from(index, pattern, len(rows)), pattern, rows)
+    else:
+        rows.zero_().scatter_(1, _places_from(index, pattern, len(rows), groups), values)
+
+
 def _kept(rows: Tensor, pattern: NMPattern, groups: int) -> tuple[Tensor, Tensor] | None:
     """Kept places, (groups, n), and the bytes of their masks; None if a group has more non-zeros than ``n``."""
     if _has_table(pattern, groups):
         table = _table(pattern, rows.device)
-        bits = (_as_integers(rows) != 0).to(torch.float32) @ table.weights  # exact: sums of 16 different powers of two
+        bits = (as_integers(rows) != 0).to(torch.float32) @ table.weights  # exact: sums of 16 different powers of two
         codes = bits.to(torch.int32)
         if not bool(table.full[codes].any()):
             return table.places[codes], numbers_to_bytes(table.ranks[codes], index_width(pattern))
@@ -260,11 +281,6 @@ def _is_wide(pattern: NMPattern) -> bool:
     return min(pattern.n, pattern.m - pattern.n) > 32 or pattern.index_bits > _MAX_RANK_BITS
 
 
-def _as_integers(tensor: Tensor) -> Tensor:
-    # Half-precision scatter goes through float32, which rewrites signalling NaNs; float8 has no gather and no scatter.
-    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
-
-
 def _kept_places(rows: Tensor, pattern: NMPattern) -> Tensor:
     # Non-zeros first, then minus zeros, so that a kept weight that happens to be -0.0 comes back with its sign.
     score = 2 * (rows != 0).to(torch.int8)
@@ -274,16 +290,20 @@ def _kept_places(rows: Tensor, pattern: NMPattern) -> Tensor:
     return kept.nonzero()[:, 1].reshape(-1, pattern.n)
 
 
-def _places_from(index: Tensor, pattern: NMPattern, some: slice, groups: int) -> Tensor:
-    count, width = some.stop - some.start, index_width(pattern)
+def _places_from(index: Tensor, pattern: NMPattern, count: int, groups: int) -> Tensor:
     if _is_wide(pattern):
-        fields = bits_from_bytes(index, count, width)
+        fields = bits_from_bytes(index, count, pattern.m)
         if bool((fields.sum(1) != pattern.n).any()):
             raise PatternError(f"Expected {pattern.n} set bits in every mask, but got another number. The index is damaged.")
         return fields.nonzero()[:, 1].reshape(-1, pattern.n)
-    ranks = numbers_from_bytes(index, count, width)
-    if bool((ranks >= pattern.choices).any()):
+    ranks = _ranks_from(index, pattern, count)
+    return _places_by_rank(pattern, index.device)[ranks] if _has_table(pattern, groups) else places_of(ranks, pattern)
+
+
+def _ranks_from(index: Tensor, pattern: NMPattern, count: int) -> Tensor:
+    ranks = numbers_from_bytes(index, count, index_width(pattern))
+    if count and int(ranks.max()) >= pattern.choices:
         raise PatternError(
             f"Expected mask ranks below {pattern.choices} for {pattern}, but got {int(ranks.max())}. The index is damaged."
         )
-    return _places_by_rank(pattern, index.device)[ranks] if _has_table(pattern, groups) else places_of(ranks, pattern)
+    return ranks
