@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from lightning_step.errors import ConfigurationError, ViolationError
@@ -74,23 +73,24 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def harden(tensor: Tensor, mask: NMMask | None) -> Tensor:
-    """A copy on the CPU with the zeros of the mask in it.
+    """The tensor on the CPU, with the zeros of the mask in it.
 
     Args:
         tensor: The latent weight.
-        mask: Its mask, or None to copy it as it is.
+        mask: Its mask, or None to take it as it is.
 
     Returns:
-        Contiguous, of the same dtype and shape.
+        Contiguous, of the same dtype and shape; without a mask it may be the tensor itself.
 
     Example:
+        >>> import torch
         >>> from lightning_step import NMPattern
         >>> harden(torch.tensor([1., 2.]), NMMask(NMPattern(1, 2)))
         tensor([0., 2.])
     """
     if mask is not None:
         tensor = apply_mask(tensor, mask.mask(tensor))
-    return tensor.to("cpu", memory_format=torch.contiguous_format, copy=mask is None)
+    return tensor.to("cpu").contiguous()
 
 
 def sparse_entries(
@@ -144,6 +144,7 @@ def verify(name: str, tensor: Tensor, entry: SparseTensor) -> None:
         ViolationError: With its first bad group.
 
     Example:
+        >>> import torch
         >>> verify("weight", torch.ones(1, 4), SparseTensor(2, 4, 1, (1, 4)))
         Traceback (most recent call last):
         lightning_step.errors.ViolationError: Expected 'weight' to hold 2:4 along dim 1, but got 4 non-zero weights in ...

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
@@ -14,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_step.errors import ConfigurationError, FileFormatError, PatternError
-from lightning_step.export.manifest import HEADER_KEY, Manifest
+from lightning_step.export.digests import checking
+from lightning_step.export.manifest import HEADER_KEY, INDEX, VALUES, Manifest
 from lightning_step.export.semi_structured import active_backend, to_semi_structured, why_not_packed
-from lightning_step.export.write import INDEX, VALUES
 from lightning_step.functional import Packed, unpack_nm
 from lightning_step.naming import plain_name
 from lightning_step.parametrization import nm_masks
@@ -36,6 +37,7 @@ def load_sparse(
     model: ModuleT,
     device: torch.device | str | None = None,
     backend: Backend = "auto",
+    check_digests: bool = True,
 ) -> ModuleT: ...
 
 
@@ -45,6 +47,7 @@ def load_sparse(
     model: None = None,
     device: torch.device | str | None = None,
     backend: Backend = "auto",
+    check_digests: bool = True,
 ) -> dict[str, Tensor]: ...
 
 
@@ -53,6 +56,7 @@ def load_sparse(
     model: ModuleT | None = None,
     device: torch.device | str | None = None,
     backend: Backend = "auto",
+    check_digests: bool = True,
 ) -> ModuleT | dict[str, Tensor]:
     """Read a file that this package wrote, whatever its format.
 
@@ -65,13 +69,14 @@ def load_sparse(
         device: Where to put the tensors, or the model. None: the CPU, and a model stays where it is.
         backend: ``"semi_structured"`` hands the loaded model to `to_semi_structured`, ``"dense"`` does not, and ``"auto"``
             does where that helps: in evaluation mode, without masks, on a CUDA device that takes one of the 2:4 layers.
+        check_digests: Compare every tensor with its SHA-256 in the manifest, which reads the whole file.
 
     Returns:
         The model, or every tensor by name, dense.
 
     Raises:
-        FileFormatError: If the file is missing, truncated, not ours, newer than this version, or of another model; then
-            every missing, unexpected and mis-shaped name is listed and the model is left as it was.
+        FileFormatError: If the file is missing, truncated, changed after it was written, not ours, newer than this version,
+            or of another model; then every missing, unexpected and mis-shaped name is listed. The model is left as it was.
         ConfigurationError: If the model has no memory for its weights (meta device), ``device`` or ``backend`` is none that
             there is, or ``"semi_structured"`` comes without a model, or with one that has masks.
 
@@ -90,7 +95,8 @@ def load_sparse(
     shapes = _shapes(path, manifest, stored)
     if model is not None:
         _check_fits(path, model, shapes)  # before anything is unpacked
-    tensors = stored if manifest.format == "dense" else _unpack_all(path, manifest, stored)
+    with checking(path, manifest if check_digests else replace(manifest, sha256={}), stored):
+        tensors = stored if manifest.format == "dense" else _unpack_all(path, manifest, stored)
     if model is None:
         tensors = {name: tensor if place is None else tensor.to(place) for name, tensor in tensors.items()}
     tensors |= {alias: tensors[name] for alias, name in manifest.aliases.items()}

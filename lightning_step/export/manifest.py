@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -12,10 +13,12 @@ from lightning_step.errors import ArgumentTypeError, FileFormatError, LightningS
 from lightning_step.pattern import NMPattern
 from lightning_step.version import __version__
 
-__all__ = ["HEADER_KEY", "MANIFEST_VERSION", "Format", "Manifest", "SparseTensor"]
+__all__ = ["HEADER_KEY", "INDEX", "MANIFEST_VERSION", "VALUES", "Format", "Manifest", "SparseTensor"]
 
 HEADER_KEY = "lightning_step"
+VALUES, INDEX = ".nm_values", ".nm_index"  # how the two parts of a packed tensor are called
 MANIFEST_VERSION = 1
+_DIGEST = re.compile("[0-9a-f]{64}")
 _MAX_DIMS, _MAX_ELEMENTS = 64, 2**63 - 1  # what any tensor library can address
 
 Format = Literal["dense", "packed"]
@@ -60,6 +63,7 @@ class Manifest:
     sparse: Mapping[str, SparseTensor]
     aliases: Mapping[str, str] = field(default_factory=dict)  # name of a tied tensor -> name it is stored under
     info: Mapping[str, Any] = field(default_factory=dict)  # recipe, switch: plain values, for people
+    sha256: Mapping[str, str] = field(default_factory=dict)  # of every tensor in the file; empty: nobody took them
 
     def to_json(self) -> str:
         """Write it down.
@@ -109,7 +113,8 @@ class Manifest:
             sparse = {str(name): _tensor(entry) for name, entry in _object(body["sparse"]).items()}
             if body["format"] not in ("dense", "packed"):
                 raise ValueError(f"unknown format {body['format']!r}")
-            return cls(body["format"], sparse, _aliases(body["aliases"]), _object(body["info"]))
+            digests = _digests(body.get("sha256", {}))
+            return cls(body["format"], sparse, _aliases(body["aliases"]), _object(body["info"]), digests)
         except FileFormatError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, LightningStepError) as error:
@@ -145,6 +150,14 @@ def _aliases(value: Any) -> dict[str, str]:
         if name in aliases:
             raise ValueError(f"an alias of an alias: {name!r}")
     return aliases
+
+
+def _digests(value: Any) -> dict[str, str]:
+    digests = _object(value)
+    for found in digests.values():
+        if not isinstance(found, str) or not _DIGEST.fullmatch(found):
+            raise ValueError(f"not a SHA-256 in 64 hexadecimal digits: {found!r}")
+    return digests
 
 
 def _tensor(value: Any) -> SparseTensor:

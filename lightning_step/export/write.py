@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_step.errors import ConfigurationError, ExportError, ViolationError
-from lightning_step.export.container import Slot, write_tensors
+from lightning_step.export.container import Slot, check_slots, write_tensors
+from lightning_step.export.digests import openings
 from lightning_step.export.files import atomic_write, check_writable
 from lightning_step.export.hardening import harden, masks_to_apply, sparse_entries, tensors_of, verify
-from lightning_step.export.manifest import HEADER_KEY, Format, Manifest, SparseTensor
+from lightning_step.export.manifest import HEADER_KEY, INDEX, VALUES, Format, Manifest, SparseTensor
 from lightning_step.functional import Packed, pack_nm
 from lightning_step.functional.packing import check_packable, index_bytes
 from lightning_step.parametrization import NMMask
@@ -25,7 +26,6 @@ from lightning_step.targets import Targets
 __all__ = ["FORMATS", "Exported", "check_format", "export_model", "export_tensors"]
 
 FORMATS: tuple[Format, ...] = ("dense", "packed")
-VALUES, INDEX = ".nm_values", ".nm_index"
 _SAFE = (
     "The model is still in memory (after a Trainer, as `trainer.lightning_module`); "
     "write it with `export_model(model, path)`."
@@ -196,10 +196,15 @@ def _export(plan: _Plan, tensors: Mapping[str, Tensor], hard: Callable[[str], Te
     """Write what ``hard`` makes of each tensor; of ``tensors`` only dtypes and shapes are asked."""
     manifest = Manifest(plan.format, plan.sparse, plan.aliases, plan.info)
     slots = _slots(tensors, plan)
-    metadata = {"format": "pt", HEADER_KEY: manifest.to_json()}
+
+    def metadata(digests: Mapping[str, str]) -> dict[str, str]:
+        return {"format": "pt", HEADER_KEY: replace(manifest, sha256=digests).to_json()}
+
     try:
         with atomic_write(plan.path) as temporary:
-            write_tensors(temporary, slots, metadata, _stored(tensors, plan, hard))
+            stored = _stored(tensors, plan, hard)
+            digests = write_tensors(temporary, slots, metadata, stored, openings(slots, manifest))
+        manifest = replace(manifest, sha256=digests)
         return Exported(plan.path, manifest, plan.path.stat().st_size)
     except OSError as error:
         size = sum(slot.bytes for slot in slots.values())
@@ -223,6 +228,7 @@ def _slots(tensors: Mapping[str, Tensor], plan: _Plan) -> dict[str, Slot]:
         if taken:
             raise ConfigurationError(f"Expected no tensor named {taken[0]!r} beside {name!r}, but got one. Rename it.")
         slots |= parts
+    check_slots(slots)
     return slots
 
 

@@ -135,6 +135,12 @@ GOLDEN_DENSE = [[0.0, 1.5, 0.0, -2.0, 3.0, 0.5, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0,
 GOLDEN_MANIFEST = (
     '{"aliases": {"again.weight": "fc.weight"}, "format": "packed", "info": {"recipe": "STEP"}, '
     '"n_means": "weights kept of every m consecutive ones along dim", '
+    '"sha256": {'
+    '"fc.bias": "cd3958c8080a1d73ec8a399470c872aef91d269cbcb51cd40585ecfc81c3bc49", '
+    '"fc.weight.nm_index": "71f317972c5520820db958829123f3871edd6564e5bd9e1cd4e36218ed5a41d9", '
+    '"fc.weight.nm_values": "a1c97da79a30ecdb77193d16dc2d6d0546af9019253be74b4aea453717225c5c", '
+    '"steps": "db382772a587c93693d478a4445957162c526a1cda13cbdfed2091bb2a501bed"'
+    "}, "
     '"sparse": {"fc.weight": {"dim": 1, "m": 4, "n": 2, "shape": [2, 8]}}, '
     '"version": 1, "written_by": "lightning-step 0.1.0"}'
 )

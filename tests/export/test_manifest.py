@@ -11,7 +11,7 @@ from lightning_step.errors import ArgumentTypeError, FileFormatError
 from lightning_step.export import Manifest, SparseTensor
 
 SPARSE = {"fc.weight": SparseTensor(1, 4, 0, (8, 3))}
-MANIFEST = Manifest("packed", SPARSE, {"head.weight": "fc.weight"}, {"steps": 10})
+MANIFEST = Manifest("packed", SPARSE, {"head.weight": "fc.weight"}, {"steps": 10}, {"fc.weight": "0f" * 32})
 DELETED = object()
 
 
@@ -36,6 +36,7 @@ def test_the_text_is_one_line_with_sorted_keys():
     assert MANIFEST.to_json() == (
         '{"aliases": {"head.weight": "fc.weight"}, "format": "packed", "info": {"steps": 10}, '
         '"n_means": "weights kept of every m consecutive ones along dim", '
+        f'"sha256": {{"fc.weight": "{"0f" * 32}"}}, '
         '"sparse": {"fc.weight": {"dim": 0, "m": 4, "n": 1, "shape": [8, 3]}}, "version": 1, '
         f'"written_by": "lightning-step {__version__}"}}'
     )

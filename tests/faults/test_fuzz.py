@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import struct
 import sys
@@ -72,7 +73,7 @@ def bases(tmp_path_factory):
         apply_nm_masks(model, NMPattern(n, m))
         path = tmp_path_factory.mktemp("base") / "file"
         export_model(model, path, format, info={"recipe": {"type": "STEP"}, "steps": [1, 2]})
-        found.append((path.read_bytes(), m))
+        found.append((path.read_bytes(), m, described(load_sparse(path))))
     return found
 
 
@@ -110,13 +111,23 @@ def guarded(path):
     assert not others, others
 
 
-def check_tensors(path, tensors):
-    """What was stored whole is what lies at its offsets; nothing is larger than the file can make it."""
+def described(tensors):
+    """All that there is to a tensor."""
+    return {
+        name: (tensor.dtype, tensor.shape, bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist()))
+        for name, tensor in tensors.items()
+    }
+
+
+def check_tensors(path, tensors, written):
+    """What was written, where digests tell; else, what lies at its offsets, and nothing larger than the file can make it."""
     raw = path.read_bytes()
     header, data = take_apart(raw)
     manifest = read_manifest(path)
     packed = set(manifest.sparse) if manifest.format == "packed" else set()
     packed.add("__metadata__")  # no tensor of the header, though a manifest may give that name to one
+    if manifest.sha256:  # then nothing else may pass than what was written
+        assert described(tensors) == written
     whole = {name: entry for name, entry in header.items() if name in tensors and name not in packed}
     for name, entry in whole.items():
         begin, end = entry["data_offsets"]
@@ -133,7 +144,7 @@ def attempt(read, *arguments):
         return str(error)
 
 
-def read_every_way(path, m):
+def read_every_way(path, m, written):
     """Returns how many ways to read took the file."""
     model = Tied(m)
     before = [tensor.clone() for tensor in model.state_dict().values()]
@@ -143,7 +154,7 @@ def read_every_way(path, m):
     assert all(str(path) in text for text in refusals), refusals
     taken = len(results) - len(refusals)
     if isinstance(results[1], dict):
-        check_tensors(path, results[1])
+        check_tensors(path, results[1], written)
     if taken < 3:
         after = model.state_dict().values()
         assert all(a.equal(b) for a, b in zip(after, before, strict=True)), "a refused file has changed the model"
@@ -256,11 +267,11 @@ def test_a_mutated_file_is_refused_by_us_or_read_within_its_bounds(chunk, bases,
     taken = []
     for i in range(chunk, FILES, CHUNKS):
         source = random.Random(i)
-        raw, m = source.choice(bases)
+        raw, m, written = source.choice(bases)
         path = tmp_path / "file"
         path.write_bytes(source.choice(DAMAGES)(source, raw))
         try:
-            taken.append(read_every_way(path, m))
+            taken.append(read_every_way(path, m, written))
         except BaseException as error:
             raise AssertionError(f"seed {i}: {type(error).__name__}: {str(error)[:500]}") from error
     assert {0, 2} <= set(taken), "the damage is too coarse or too fine to test anything"
@@ -290,6 +301,7 @@ MANIFESTS = st.fixed_dictionaries(
         "sparse": st.dictionaries(st.text(max_size=5), GOOD | FIELDS | JSON, max_size=3) | JSON,
         "aliases": st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=3) | JSON,
         "info": st.dictionaries(st.text(max_size=3), JSON, max_size=3) | JSON,
+        "sha256": st.just({}) | st.dictionaries(st.text(max_size=3), st.just("0f" * 32) | JSON, max_size=2) | JSON,
     }
 )
 
@@ -312,5 +324,7 @@ def test_a_manifest_of_any_json_is_refused_by_us_or_means_what_it_says(body):
         assert 1 <= entry.n <= entry.m
         assert entry.shape[entry.dim] % entry.m == 0
         assert math.prod(max(size, 1) for size in entry.shape) < 2**63
+    assert manifest.sha256 == body["sha256"]
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in manifest.sha256.values())
     assert not set(manifest.aliases) & set(manifest.aliases.values())
     assert Manifest.from_json(manifest.to_json()) == manifest or "nan" in str(manifest).lower()
