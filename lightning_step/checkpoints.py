@@ -2,8 +2,8 @@
 
 Note [What a checkpoint says]
     The state dict holds the latent weights, the callback's state the final pattern and group dimension of every masked
-    tensor and whether its masks were on. Nothing else is needed: the mask is a function of the weight. A recipe of one's own
-    that lets patterns change during training is taken at its final pattern.
+    tensor and whether its masks were on. Nothing else is needed: the mask is a function of the weight. Where a recipe
+    lets patterns change, those in force when the checkpoint was written count, as long as masks were on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Checkpoint:
     patterns: Mapping[str, tuple[NMPattern, int]]  # pattern and group dimension of what is, or will be, masked
     on: frozenset[str]  # whose masks were on
     info: Mapping[str, Any]
+    unfinished: Mapping[str, NMPattern] = field(default_factory=dict)  # what was to get another pattern, and which
 
 
 def read_checkpoint(path: str | os.PathLike[str], module: str | None = None) -> Checkpoint:
@@ -77,17 +78,19 @@ def read_checkpoint(path: str | os.PathLike[str], module: str | None = None) -> 
         check_version(state)
     patterns: dict[str, tuple[NMPattern, int]] = {}
     on: set[str] = set()
+    unfinished: dict[str, NMPattern] = {}
     for own in state["optimizers"]:
-        for name, (n, m, dim) in own["config"]["patterns"].items():
-            if name.startswith(prefix):
-                name = name.removeprefix(prefix)
-                patterns[aliases.get(name, name)] = (NMPattern(n, m), dim)
-                on |= {aliases.get(name, name)} if own["masks"] else set()
+        for full, (now, final, dim) in _patterns_of(own).items():
+            if full.startswith(prefix):
+                name = full.removeprefix(prefix)
+                name = aliases.get(name, name)
+                patterns[name] = (now, dim)
+                unfinished |= {name: final} if now != final else {}
+                on |= {name} if own["masks"] and not own.get("patterns", {}).get("leak") else set()
     info = {"steps": body.get("global_step"), "checkpoint": Path(path).name}
     recipes = [own["config"]["recipe"] for own in state["optimizers"]]
-    return Checkpoint(
-        str(path), tensors, aliases, patterns, frozenset(on), info | ({"recipe": recipes[0]} if recipes else {})
-    )
+    info |= {"recipe": recipes[0]} if recipes else {}
+    return Checkpoint(str(path), tensors, aliases, patterns, frozenset(on), info, unfinished)
 
 
 def export_checkpoint(
@@ -140,8 +143,8 @@ def export_checkpoint(
     if not chosen:
         raise ConfigurationError(
             f"Expected learned masks in {checkpoint.path!r}, but got {len(checkpoint.on)} that are on and chosen of "
-            f"{len(patterns)}: it may have been written before masks began. Take a later checkpoint, or prune by "
-            "magnitude now with one_shot (--one-shot)."
+            f"{len(patterns)}: it may have been written before masks began, or were at full strength. Take a later "
+            "checkpoint, or prune by magnitude now with one_shot (--one-shot)."
         )
     sparse = {name: _entry(name, checkpoint.tensors[name], *found) for name, found in chosen.items()}
     masks = {name: NMMask(*found) for name, found in chosen.items()}
@@ -154,6 +157,17 @@ def export_checkpoint(
         aliases=checkpoint.aliases,
         info={**checkpoint.info, **(info or {})},
     )
+
+
+def _patterns_of(own: Mapping[str, Any]) -> dict[str, tuple[NMPattern, NMPattern, int]]:
+    """Pattern in force (before masks began: the one to come), pattern at the end, and group dimension."""
+    saved = own.get("patterns", {})
+    found = {}
+    for name, (n, m, dim) in own["config"]["patterns"].items():
+        final = saved.get("final", {}).get(name, [n, m])
+        now = saved.get("now", {}).get(name, final) if own["masks"] else final
+        found[name] = (NMPattern(*now), NMPattern(*final), dim)
+    return found
 
 
 def _patterns(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["SwitchEvent", "bad_gradient", "bad_moment", "no_moment"]
+from lightning_step.pattern import NMPattern
+
+__all__ = ["SwitchEvent", "bad_gradient", "bad_moment", "how_many", "no_moment"]
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,31 @@ class SwitchEvent:
     numbers: str
     what: str
 
+    @property
+    def begins(self) -> str:
+        """What begins, in a few words."""
+        return ", ".join(["masks on"] * self.masks + ["second moment frozen"] * self.freeze)
+
     def __str__(self) -> str:
-        parts = ["masks on"] * self.masks + ["second moment frozen"] * self.freeze
-        return f"optimizer step {self.step}: {', '.join(parts)} ({self.what}); {self.rule}: {self.numbers}"
+        return f"optimizer step {self.step}: {self.begins} ({self.what}); {self.rule}: {self.numbers}"
+
+
+def how_many(count: int, chosen: Sequence[NMPattern] = ()) -> str:
+    """Which tensors an event is about.
+
+    Args:
+        count: How many.
+        chosen: The patterns that were chosen for them just now, if any were.
+
+    Returns:
+        Readable.
+
+    Example:
+        >>> how_many(1), how_many(3, [NMPattern(2, 4), NMPattern(1, 4), NMPattern(2, 4)])
+        ('1 tensor', '3 tensors: 1 of 1:4, 2 of 2:4')
+    """
+    parts = [f"{number} of {pattern}" for pattern, number in sorted(Counter(chosen).items())]
+    return f"{count} tensor{'s' * (count != 1)}" + (f": {', '.join(parts)}" if parts else "")
 
 
 def bad_gradient(t: int) -> str:

@@ -9,19 +9,21 @@ Note [Kept zeros]
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_step.functional import apply_mask, flip_rate_update, pruned_part, ratio_compute
+from lightning_step.functional import Layer, apply_mask, flip_rate_update, order_statistics, pruned_part, ratio_compute
 from lightning_step.naming import submodule
 from lightning_step.parametrization import NMMask
 from lightning_step.pattern import NMPattern
-from lightning_step.recipes import Recipe
+from lightning_step.recipes import Moment, Recipe
 from lightning_step.sharding import Reduce, all_reduce, any_sharded, local, shards
 from lightning_step.targets import Target
 
-__all__ = ["MaskSet"]
+__all__ = ["MaskSet", "parameter_of", "restore_masks"]
 
 
 class MaskSet:
@@ -33,6 +35,7 @@ class MaskSet:
         masks: Target name to its mask.
         recipe: What to do with them.
         reduce: Adds a tensor up over all processes.
+        total_steps: Optimizer steps of the whole run, if known.
 
     Example:
         >>> from lightning_step import NMPattern, STE, apply_nm_masks
@@ -52,15 +55,21 @@ class MaskSet:
         masks: Mapping[str, NMMask],
         recipe: Recipe,
         reduce: Reduce = all_reduce,
+        total_steps: int | None = None,
     ) -> None:
         self.parameters: dict[str, nn.Parameter] = {t.name: parameter_of(model, t) for t in targets}
-        self._targets = {t.name: t for t in targets}
+        self.flip_rates: dict[str, float] = {}  # of every tensor, in the step that was measured last
+        self.targets = {t.name: t for t in targets}  # with the n:m that each is to end with
         self._masks = {t.name: masks[t.name] for t in targets}
         self._plan = recipe.plan()
         self._rule = self._plan.gradient
         self._before: dict[str, Tensor] = {}  # bool masks, only between the hooks of a step that needs them
         self._measure = False
         self._reduce = reduce
+        self._began: int | None = None  # steps taken when masks began
+        self._total_steps = total_steps
+        for name, mask in self._masks.items():
+            mask.final = self.targets[name].pattern
         # Masks left over from an earlier fit are switched by this recipe from now on.
         self.enable(False, 0)
 
@@ -69,6 +78,11 @@ class MaskSet:
         """Whether masks are on."""
         return any(mask.enabled for mask in self._masks.values())
 
+    @property
+    def chooses(self) -> bool:
+        """Whether n is chosen when masks begin."""
+        return self._plan.allocate is not None
+
     def enable(self, on: bool, t: int) -> None:
         """Switch the masks; the weights stay as they are.
 
@@ -76,23 +90,38 @@ class MaskSet:
             on: Whether forward passes see masked weights.
             t: Optimizer steps taken.
         """
-        for name, mask in self._masks.items():
+        for mask in self._masks.values():
             mask.gradient = self._rule.through
             mask.enabled = on
-            mask.pattern = self._pattern(name, t)
+        self._show(t)
 
     @torch.no_grad()
     def begin(self, t: int) -> None:
-        """Switch the masks on as the recipe wants it: a fixed mask is made by pruning, once.
+        """Switch the masks on as the recipe wants it: n is chosen now, and a fixed mask is made by pruning, once.
 
         Args:
             t: Optimizer steps taken.
         """
+        self._began = t
+        if self._plan.allocate is not None:
+            chosen = self._plan.allocate(list(self.parameters), self._layers())
+            self._choose(dict(zip(self.parameters, chosen, strict=True)))
         self.enable(True, t)
         if self._rule.fixed:
             for name, parameter in self.parameters.items():
                 weight = local(parameter)
                 _hold(weight, self._masks[name].mask(weight))
+
+    def mask_of(self, name: str) -> Tensor:
+        """The mask in force, or the one that it would be while masks are off.
+
+        Args:
+            name: Name of a masked tensor.
+
+        Returns:
+            Boolean, the shape of what this process holds of the tensor.
+        """
+        return self._masks[name].mask(local(self.parameters[name]))
 
     def edit_gradients(self, grad_scale: Tensor | None) -> None:
         r"""Add :math:`\lambda\,(1-\Pi)\odot w` to the gradients that the optimizer is about to use.
@@ -134,23 +163,81 @@ class MaskSet:
             for name, mask in self._before.items():
                 _hold(local(self.parameters[name]), mask)
         if self.enabled:
-            for name, current in self._masks.items():
-                current.pattern = self._pattern(name, t)
+            self._show(t)
         rate = self._flip_rate() if self._measure else None
         self._before.clear()
         return rate
 
-    def _pattern(self, name: str, t: int) -> NMPattern:
-        return self._plan.pattern(name, self._targets[name].pattern, t)
+    def state_dict(self) -> dict[str, Any]:
+        """What the masks are now, and are to become: for a resumed run, an evaluation, or an export of the checkpoint.
+
+        Returns:
+            Plain values.
+        """
+        return {
+            "began": self._began,
+            "now": {name: [mask.pattern.n, mask.pattern.m] for name, mask in self._masks.items()},
+            "final": {name: [mask.final.n, mask.final.m] for name, mask in self._masks.items()},
+            "leak": max(mask.leak for mask in self._masks.values()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], on: bool, t: int) -> None:
+        """Go on where `state_dict` was called.
+
+        Args:
+            state: From `state_dict`; empty for one from before there was one.
+            on: Whether masks were on.
+            t: Optimizer steps taken.
+        """
+        self._began = state.get("began")
+        self._choose({name: NMPattern(*pattern) for name, pattern in state.get("final", {}).items()})
+        self.enable(on, t)
+
+    def _show(self, t: int) -> None:
+        """Bring every mask up to date. What stays is left alone, or torch.compile would take it for new."""
+        moment = Moment(t, self._began, self._total_steps)
+        leak = float(self._plan.fade(moment)) if self.enabled else 0.0
+        for name, mask in self._masks.items():
+            # A mask that is off stands for what is to come: an export before masks begin prunes to that, if told to.
+            pattern = self._plan.pattern(name, mask.final, moment) if self.enabled else mask.final
+            if mask.pattern != pattern:
+                mask.pattern = pattern
+            if mask.leak != leak:
+                mask.leak = leak
+
+    def _choose(self, patterns: Mapping[str, NMPattern]) -> None:
+        for name, pattern in patterns.items():
+            self._masks[name].final = pattern
+            self.targets[name] = replace(self.targets[name], pattern=pattern)
+
+    def _layers(self) -> list[Layer]:
+        """What there is to know of every tensor, the same on every process: see Note [One sum for all processes]."""
+        table = []
+        for name, parameter in self.parameters.items():
+            mask = self._masks[name]
+            # A shard counts as often as a replica does.
+            table.append(order_statistics(local(parameter), mask.final, mask.dim) * shards(parameter))
+        sums = self._reduce(torch.cat([each.to(table[0].device) for each in table], dim=1)).tolist()
+        layers, at = [], 0
+        for target in self.targets.values():
+            places = slice(at, at + target.pattern.m)
+            layers.append(
+                Layer(target.shape, target.pattern, magnitudes=tuple(sums[0][places]), squares=tuple(sums[1][places]))
+            )
+            at += target.pattern.m
+        return layers
 
     def _flip_rate(self) -> float:
         pairs = [
-            flip_rate_update(before, self._masks[name].mask(local(self.parameters[name]))) * shards(self.parameters[name])
+            flip_rate_update(before, self.mask_of(name)) * shards(self.parameters[name])
             for name, before in self._before.items()
         ]
-        total = torch.stack([pair.to(pairs[0].device) for pair in pairs]).sum(0)
-        # Replicas have flipped the same entries: there is nothing to add up, and nothing to wait for.
-        return ratio_compute(self._reduce(total) if any_sharded(self.parameters.values()) else total)
+        by_tensor = torch.stack([pair.to(pairs[0].device) for pair in pairs])
+        if any_sharded(self.parameters.values()):  # replicas have flipped the same entries: nothing to add up or wait for
+            by_tensor = self._reduce(by_tensor)
+        counts = by_tensor.cpu()  # the only wait for the device
+        self.flip_rates = {name: ratio_compute(pair) for name, pair in zip(self._before, counts, strict=True)}
+        return ratio_compute(counts.sum(0))
 
 
 def _hold(parameter: Tensor, mask: Tensor) -> None:
@@ -180,3 +267,24 @@ def parameter_of(model: nn.Module, target: Target) -> nn.Parameter:
     parameter = submodule(model, module_name)._parameters[attribute]
     assert parameter is not None  # a target is only made of a parameter that is there
     return parameter
+
+
+def restore_masks(masks: Mapping[str, NMMask], state: Mapping[str, Any]) -> None:
+    """Masks as a checkpoint has them, to evaluate it: nothing is trained, so it does not matter which recipe made them.
+
+    Args:
+        masks: Tensor name to its mask.
+        state: Of the driver, from the checkpoint.
+
+    Example:
+        >>> mask = NMMask(NMPattern(1, 4), enabled=False)
+        >>> restore_masks({"fc.weight": mask}, {"masks": True, "patterns": {"now": {"fc.weight": [2, 4]}, "leak": 0.0}})
+        >>> mask
+        NMMask(2:4 along dim -1, straight_through, on)
+    """
+    saved = state.get("patterns", {})
+    for name, mask in masks.items():
+        mask.enabled, mask.leak = bool(state["masks"]), float(saved.get("leak", 0.0))
+        for which, found in (("pattern", saved.get("now", {})), ("final", saved.get("final", {}))):
+            if name in found:
+                setattr(mask, which, NMPattern(*found[name]))

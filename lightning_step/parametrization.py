@@ -63,10 +63,17 @@ class NMMask(nn.Module):
         if not isinstance(pattern, NMPattern):
             raise ArgumentTypeError(f"Expected `pattern` to be an NMPattern, but got {pattern!r}. Write NMPattern(2, 4).")
         self.pattern = pattern  # now; a recipe may change it while the model trains
-        self.final = pattern  # what the tensor is to end with
+        self.final = pattern  # what the tensor is to end with; a recipe may choose another n, once
+        self.given = pattern  # what it was made with
         self.dim = dim
         self.gradient: Gradient = gradient
         self.enabled = enabled
+        self.leak = 0.0  # what pruned weights are multiplied with; above 0 while a recipe lets the mask come on slowly
+
+    @property
+    def prunes(self) -> bool:
+        """Whether what the mask drops is zero where the weight is read: it is on, and at full strength."""
+        return self.enabled and not self.leak
 
     def mask(self, weight: Tensor) -> Tensor:
         """The mask this weight has now, whether enabled or not.
@@ -99,7 +106,9 @@ class NMMask(nn.Module):
         if not self.enabled:
             return weight
         mask = self.mask(weight)
-        return straight_through(weight, mask) if self.gradient == "straight_through" else apply_mask(weight, mask)
+        if self.gradient == "straight_through":
+            return straight_through(weight, mask, self.leak)
+        return torch.where(mask, weight, weight * self.leak) if self.leak else apply_mask(weight, mask)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning a weight assigns the latent weight (``torch.nn.utils.parametrize`` calls this).
@@ -126,7 +135,8 @@ class NMMask(nn.Module):
             >>> NMMask(NMPattern(2, 4), 1)
             NMMask(2:4 along dim 1, straight_through, on)
         """
-        return f"{self.pattern} along dim {self.dim}, {self.gradient}, {'on' if self.enabled else 'off'}"
+        strength = f"on, {self.leak:.3g} of the rest" if self.enabled and self.leak else "on" if self.enabled else "off"
+        return f"{self.pattern} along dim {self.dim}, {self.gradient}, {strength}"
 
 
 def apply_nm_masks(
@@ -199,10 +209,10 @@ def install_masks(model: nn.Module, targets: Sequence[Target], *, enabled: bool 
     for target in targets:
         present = [masks_of(submodule(model, name)).get(attribute) for name, attribute in target.owners]
         mask = next((m for m in present if m is not None), None) or NMMask(target.pattern, target.dim, enabled=enabled)
-        if (mask.final, mask.dim) != (target.pattern, target.dim):
+        if (mask.given, mask.dim) != (target.pattern, target.dim):
             raise ConfigurationError(
                 f"Expected {target.name!r} to be unmasked or to have the pattern {target.pattern} along dim {target.dim}, "
-                f"but got {mask.final} along dim {mask.dim} from an earlier call. Call `strip(model)` first."
+                f"but got {mask.given} along dim {mask.dim} from an earlier call. Call `strip(model)` first."
             )
         for name, attribute in target.owners:
             put_mask(submodule(model, name), attribute, mask)
@@ -258,8 +268,8 @@ def latent_weights(model: nn.Module) -> Iterator[None]:
 def strip(model: nn.Module) -> list[str]:
     """Take the masks off and leave their zeros in the weights, in place.
 
-    Gives back the original module types and keys with the same ``Parameter`` objects. A mask that is off leaves its
-    tensor dense: nothing is pruned that was not trained that way.
+    Gives back the original module types and keys with the same ``Parameter`` objects. What the model computes stays the
+    same: a mask that is off leaves its tensor dense, and one that still comes on leaves pruned weights as small as they are.
 
     Args:
         model: A model with masks. One without is left alone.
@@ -281,9 +291,10 @@ def strip(model: nn.Module) -> list[str]:
             parameter = module._parameters[attribute]
             if mask.enabled and parameter is not None and id(parameter) not in done:
                 weight = local(parameter)
-                weight.copy_(apply_mask(weight, mask.mask(weight)))
+                weight.copy_(mask(weight))
                 done.add(id(parameter))
-                hardened.append(f"{name}.{attribute}" if name else attribute)
+                if mask.prunes:
+                    hardened.append(f"{name}.{attribute}" if name else attribute)
         if masks_of(module):
             take_masks(module)
     return hardened

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_step.events import SwitchEvent, bad_gradient, bad_moment, no_moment
+from lightning_step.events import SwitchEvent, bad_gradient, bad_moment, how_many, no_moment
 from lightning_step.freezing import FrozenStep
 from lightning_step.hooks import StepHooks, check_bare
 from lightning_step.masking import MaskSet, parameter_of
@@ -20,9 +20,9 @@ from lightning_step.recipes import STEP, Decision, Recipe, Watcher
 from lightning_step.resume import STATE_VERSION, check_config, check_version, config_of
 from lightning_step.sampling import SecondMomentSampler
 from lightning_step.sharding import Reduce, all_reduce, reshard
-from lightning_step.targets import Overrides, find_targets
+from lightning_step.targets import Overrides, Targets, find_targets
 from lightning_step.watching import Role, SwitchBoard
-from lightning_step.wiring import adapter_of, clock_of, frozen_step, held_by, only_makes_state, switches
+from lightning_step.wiring import adapter_of, check_plan, clock_of, frozen_step, held_by, only_makes_state, switches
 
 __all__ = ["Sparsifier"]
 
@@ -93,8 +93,8 @@ class Sparsifier:
         self.t = 0  # optimizer steps taken
         self.events: list[SwitchEvent] = []
         self.measure_every = measure_every
-        self._optimizer = optimizer
-        self._reduce = reduce
+        self.optimizer = optimizer
+        self.reduce = reduce
         self._on_event = on_event
         self._flip_rate: float | None = None
         self._warned: set[str] = set()
@@ -106,13 +106,14 @@ class Sparsifier:
         found = find_targets(
             model, NMPattern(n, m), include=include, exclude=exclude, overrides=overrides, min_weights=min_weights
         )
-        self.targets = held_by(optimizer, model, found)
+        held = held_by(optimizer, model, found)
         adapter = adapter_of(self.recipe, optimizer)
+        check_plan(self.recipe, held.masked, total_steps)
 
         def make_sampler(watcher: Watcher) -> SecondMomentSampler:
             assert adapter is not None  # see needs_adapter
             assert watcher.statistic is not None
-            scope = [parameter_of(model, target) for target in self.targets.masked]
+            scope = [parameter_of(model, target) for target in held.masked]
             return SecondMomentSampler(
                 optimizer, adapter, scope, watcher.statistic, max_coordinates=max_coordinates, reduce=reduce
             )
@@ -121,17 +122,23 @@ class Sparsifier:
         self._new_board = partial(SwitchBoard, switches(self.recipe), clock, make_sampler, read_every=max(1, read_every))
         self._board = self._new_board()
         # All that can be refused has been refused: only now is the model touched.
-        masks = install_masks(model, self.targets.masked)
-        self._masks = MaskSet(model, self.targets.masked, masks, self.recipe, reduce)
-        self._frozen = frozen_step(self.recipe, adapter, optimizer, model, self._masks)
+        masks = install_masks(model, held.masked)
+        self.masks = MaskSet(model, held.masked, masks, self.recipe, reduce, total_steps)
+        self._config, self._left_out = config_of(self.recipe, held.masked), held.left_out
+        self._frozen = frozen_step(self.recipe, adapter, optimizer, model, self.masks)
         self.notes = self._board.notes  # what a user should know before the first step
         self._hooks = StepHooks(optimizer, self._before_step, self._after_step)
         self._decide()
 
     @property
+    def targets(self) -> Targets:
+        """What is masked, with the n:m that it is to end with, and what is left out."""
+        return Targets(tuple(self.masks.targets.values()), self._left_out)
+
+    @property
     def phase(self) -> int:
         """1 while the model trains dense, 2 once masks are on."""
-        return 2 if self._masks.enabled else 1
+        return 2 if self.masks.enabled else 1
 
     @property
     def frozen(self) -> list[str]:
@@ -157,9 +164,10 @@ class Sparsifier:
         self._read()
         return {
             "version": STATE_VERSION,
-            "config": config_of(self.recipe, self.targets.masked),
+            "config": self._config,
             "t": self.t,
-            "masks": self._masks.enabled,
+            "masks": self.masks.enabled,
+            "patterns": self.masks.state_dict(),
             "frozen": self.frozen,
             "open": self._board.state_dict(),
             "events": [vars(event) for event in self.events],
@@ -176,7 +184,7 @@ class Sparsifier:
             ResumeError: If it was written under another recipe, pattern or model, or by a newer version.
         """
         check_version(state)
-        check_config(saved=state["config"], current=config_of(self.recipe, self.targets.masked))
+        check_config(saved=state["config"], current=self._config)
         t, masks, flip_rate = int(state["t"]), bool(state["masks"]), state["flip_rate"]
         events = [SwitchEvent(**event) for event in state["events"]]
         board = self._new_board()  # what has closed since may be open there
@@ -185,7 +193,7 @@ class Sparsifier:
             self._frozen.restore(state["frozen"])
         # All that can be refused has been refused: only now is anything changed.
         self.t, self.events, self._board, self._flip_rate = t, events, board, flip_rate
-        self._masks.enable(masks, t)
+        self.masks.load_state_dict(state.get("patterns", {}), masks, t)
         self._resumed = True
 
     def check_restored(self) -> None:
@@ -203,17 +211,17 @@ class Sparsifier:
         self._hooks.remove()
 
     def _before_step(self) -> None:
-        self._live = any(p.grad is not None for group in self._optimizer.param_groups for p in group["params"])
+        self._live = any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
         # Without gradients the stock step moves nothing either.
-        self._live = self._live and not only_makes_state(self._optimizer, self._reduce)
+        self._live = self._live and not only_makes_state(self.optimizer, self.reduce)
         if not self._live:
             return
         if self._resumed:
             self.check_restored()
         found_inf, grad_scale = self._scaler()
-        self._masks.edit_gradients(grad_scale)
+        self.masks.edit_gradients(grad_scale)
         self._board.observe(found_inf, grad_scale)
-        self._masks.before_step(measure=self._measures(self.t + 1))
+        self.masks.before_step(measure=self._measures(self.t + 1))
         if self._frozen is not None:
             self._frozen.withhold()
 
@@ -227,7 +235,7 @@ class Sparsifier:
         # A step that a fused optimizer skips is none, just as one that the scaler does not even call.
         skipped = found_inf is not None and bool(found_inf)
         self.t += not skipped
-        flip_rate = self._masks.after_step(self.t)
+        flip_rate = self.masks.after_step(self.t)
         if skipped:
             return
         self._flip_rate = self._flip_rate if flip_rate is None else flip_rate
@@ -238,7 +246,7 @@ class Sparsifier:
 
     def _scaler(self) -> tuple[Tensor | None, Tensor | None]:
         """What a loss scaler tells a fused optimizer for the time of one step."""
-        return getattr(self._optimizer, "found_inf", None), getattr(self._optimizer, "grad_scale", None)
+        return getattr(self.optimizer, "found_inf", None), getattr(self.optimizer, "grad_scale", None)
 
     def _decide(self) -> None:
         due = self._board.due(self.t)
@@ -259,10 +267,10 @@ class Sparsifier:
             if not frozen:
                 return
         if "masks" in roles:
-            self._masks.begin(self.t)
+            self.masks.begin(self.t)
         self._board.close(roles)
-        count = len(frozen or self._masks.parameters)
-        what = f"{count} tensor{'s' * (count != 1)}"
+        chosen = [t.pattern for t in self.targets.masked] if self.masks.chooses and "masks" in roles else ()
+        what = how_many(len(frozen or self.masks.parameters), chosen)
         event = SwitchEvent(self.t, "masks" in roles, "freeze" in roles, decision.rule, decision.numbers, what)
         self.events.append(event)
         if self._on_event is not None:

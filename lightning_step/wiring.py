@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_step.errors import TargetError
 from lightning_step.freezing import FrozenStep
+from lightning_step.functional import Layer
 from lightning_step.masking import MaskSet, parameter_of
 from lightning_step.naming import plain_name
 from lightning_step.optim import SecondMomentAdapter, adapter_for
 from lightning_step.optim.refused import check_holds_zeros
-from lightning_step.recipes import AtStep, Clock, Recipe, Switch
+from lightning_step.recipes import AtStep, Clock, Moment, Recipe, Switch
 from lightning_step.sharding import Reduce, any_sharded, local
-from lightning_step.targets import LeftOut, Targets
+from lightning_step.targets import LeftOut, Target, Targets
 from lightning_step.watching import Role
 
-__all__ = ["adapter_of", "clock_of", "frozen_step", "held_by", "needs_adapter", "only_makes_state", "switches"]
+__all__ = ["adapter_of", "check_plan", "clock_of", "frozen_step", "held_by", "needs_adapter", "only_makes_state", "switches"]
 
 
 def adapter_of(recipe: Recipe, optimizer: Optimizer) -> SecondMomentAdapter | None:
@@ -42,6 +45,29 @@ def adapter_of(recipe: Recipe, optimizer: Optimizer) -> SecondMomentAdapter | No
     if recipe.plan().gradient.fixed:
         check_holds_zeros(optimizer)
     return adapter_for(optimizer) if needs_adapter(recipe) else None
+
+
+def check_plan(recipe: Recipe, targets: Sequence[Target], total_steps: int | None) -> None:
+    """Refuse what a recipe cannot do for these tensors, or in a run of this length, before anything is changed.
+
+    Args:
+        recipe: The recipe.
+        targets: The tensors to mask.
+        total_steps: Optimizer steps of the whole run, if known.
+
+    Raises:
+        ConfigurationError: If a fraction is of nobody knows what, or a budget is too small.
+
+    Example:
+        >>> from lightning_step import STE
+        >>> check_plan(STE(), [], None)
+    """
+    plan, moment = recipe.plan(), Moment(0, None, total_steps)
+    plan.fade(moment)
+    for target in targets:
+        plan.pattern(target.name, target.pattern, moment)
+    if plan.allocate is not None:  # whatever the weights will be
+        plan.allocate([t.name for t in targets], [Layer(t.shape, t.pattern) for t in targets])
 
 
 def needs_adapter(recipe: Recipe) -> bool:

@@ -189,8 +189,8 @@ class Narrowing(Recipe):
     def plan(self):
         return Plan(AtStep(2), pattern=self.narrow)
 
-    def narrow(self, name, pattern, t):
-        return NMPattern(3, 4) if t < 4 and name == "0.weight" else pattern
+    def narrow(self, name, pattern, moment):
+        return NMPattern(3, 4) if moment.t < 4 and name == "0.weight" else pattern
 
 
 def kept_per_group(model):

@@ -64,9 +64,11 @@ def test_what_a_state_says():
     *_, dense = state_after(2, DECIDED)
     *_, sparse = state_after(6, DECIDED, measure_every=3)
     config = {"recipe": describe(DECIDED), "patterns": {"0.weight": [2, 4, 1], "2.weight": [2, 4, 1]}}
+    patterns = {"0.weight": [2, 4], "2.weight": [2, 4]}
     assert dense == {
         "version": 1, "config": config, "t": 2, "masks": False, "frozen": [], "events": [], "flip_rate": None,
         "open": {role: {"samples": [], "taken": 0} for role in ("masks", "freeze")},
+        "patterns": {"began": None, "now": patterns, "final": patterns, "leak": 0.0},
     }  # fmt: skip
     event = {
         "step": 4,
@@ -81,6 +83,7 @@ def test_what_a_state_says():
     assert sparse == {
         "version": 1, "config": config, "t": 6, "masks": True, "open": {},
         "frozen": ["0.weight", "2.weight"], "events": [event],
+        "patterns": {"began": 4, "now": patterns, "final": patterns, "leak": 0.0},
     }  # fmt: skip
     assert SwitchEvent(**event) == SwitchEvent(4, True, True, "fixed step reached", "step 4", "2 tensors")
 

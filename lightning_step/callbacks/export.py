@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from lightning_step.checkpoints import export_checkpoint, read_checkpoint
 from lightning_step.errors import ConfigurationError
 from lightning_step.export import Exported, Format, accelerations, check_format, check_writable, export_model
 from lightning_step.parametrization import nm_masks
+from lightning_step.pattern import NMPattern
 from lightning_step.sharding import any_sharded, on_one
 
 __all__ = ["SparseExport"]
@@ -106,9 +107,18 @@ class SparseExport(pl.Callback):
         pl_module = trainer.lightning_module
         module = self._module(pl_module)
         masks = nm_masks(module)
+        if not all(mask.prunes for mask in masks.values() if mask.enabled) and not self.one_shot:
+            rank_zero_warn(
+                "Expected masks at full strength, but got pruned weights that are not yet zero: "
+                f"{self.path} was not written. Train to the end of the mask decay, or pass one_shot=True."
+            )
+            return []
         if not any(mask.enabled for mask in masks.values()) and not (masks and self.one_shot):
             rank_zero_warn(_nothing_learned(len(masks), self.path))
             return []
+        _warn_unfinished(
+            {n: (mask.pattern, mask.final) for n, mask in masks.items() if mask.pattern != mask.final}, self.path
+        )
         info = self._info(trainer, pl_module)
         written = []
         for format, path in self._paths.items():
@@ -138,6 +148,8 @@ class SparseExport(pl.Callback):
             return
         # Steps and recipe are those of the checkpoint; what happened after it is none of its business.
         kept = {key: value for key, value in info.items() if key == "layers"}
+        behind = {name: (checkpoint.patterns[name][0], final) for name, final in checkpoint.unfinished.items()}
+        _warn_unfinished(behind, self.path)
         for format, path in self._paths.items():
             self._tell(export_checkpoint(checkpoint, path, format, one_shot=self.one_shot, info=kept))
 
@@ -193,6 +205,16 @@ def _once(trainer: pl.Trainer, work: Callable[[], T]) -> T:
 def _count(exported: Exported) -> str:
     tensors = len(exported.manifest.sparse)
     return f"{tensors} tensor{'s' * (tensors != 1)}"
+
+
+def _warn_unfinished(patterns: Mapping[str, tuple[NMPattern, NMPattern]], path: str) -> None:
+    if patterns:
+        name, (now, final) = next(iter(patterns.items()))
+        rank_zero_warn(
+            f"Expected the patterns that training was to end with, but got {now} in {name!r}, which was to get {final} (and "
+            f"{len(patterns) - 1} more): {path} holds the patterns in force. Train to the end of the structure decay, and "
+            "let checkpoints compete only from there on."
+        )
 
 
 def _nothing_learned(masks: int, path: str) -> str:

@@ -27,7 +27,7 @@ def masks_to_apply(model: nn.Module, one_shot: bool) -> dict[str, NMMask]:
         Tensor name to its mask.
 
     Raises:
-        ConfigurationError: If there is none.
+        ConfigurationError: If there is none, or one still lets pruned weights through.
 
     Example:
         >>> masks_to_apply(nn.Linear(8, 4), one_shot=False)
@@ -36,6 +36,13 @@ def masks_to_apply(model: nn.Module, one_shot: bool) -> dict[str, NMMask]:
     """
     masks = nm_masks(model)
     chosen = {name: mask for name, mask in masks.items() if mask.enabled or one_shot}
+    faint = [name for name, mask in chosen.items() if not mask.prunes and not one_shot]
+    if faint:
+        raise ConfigurationError(
+            f"Expected masks at full strength, but got {faint[0]!r} (and {len(faint) - 1} more) with pruned weights at "
+            f"{masks[faint[0]].leak:.3g} of their size: training ended while masks came on. Train to the end of the decay, "
+            "or prune by magnitude now with `one_shot=True`."
+        )
     if not chosen:
         raise ConfigurationError(
             f"Expected a model with learned masks, but got {len(masks)} masks of which none is on: training ended before "

@@ -158,7 +158,7 @@ def _hardened_copy(
     }
     hard = copy.deepcopy(model, shared).eval()
     for mask in nm_masks(hard).values():
-        mask.enabled = mask.enabled or one_shot
+        mask.enabled, mask.leak = mask.enabled or one_shot, 0.0
     strip(hard)
     tensors, aliases = tensors_of(hard)
     return hard, sparse_entries(tensors, aliases, masks, targets), tensors

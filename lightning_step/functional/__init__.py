@@ -9,6 +9,15 @@ from lightning_step.functional.adam import (
     preconditioned_step,
     preconditioner,
 )
+from lightning_step.functional.allocation import (
+    Layer,
+    choices_of,
+    cost,
+    erk_allocation,
+    magnitude_allocation,
+    order_statistics,
+    search_allocation,
+)
 from lightning_step.functional.autoswitch import (
     Statistic,
     second_moment_change,
@@ -27,6 +36,7 @@ from lightning_step.functional.nadam import (
 )
 from lightning_step.functional.packing import Packed, index_bytes, index_width, pack_nm, unpack_nm
 from lightning_step.functional.radam import preconditioned_radam_step, radam_step, rectification
+from lightning_step.functional.schedule import Fading, decay_frames, mask_decay, structure_decay
 from lightning_step.functional.stats import (
     Violation,
     density_update,
@@ -40,6 +50,8 @@ from lightning_step.functional.ste import pruned_part, straight_through
 
 __all__ = [
     "AdamState",
+    "Fading",
+    "Layer",
     "NAdamState",
     "Packed",
     "PreconditionForm",
@@ -49,18 +61,25 @@ __all__ = [
     "adam_step",
     "apply_mask",
     "as_groups",
+    "choices_of",
+    "cost",
+    "decay_frames",
     "density_update",
+    "erk_allocation",
     "find_violation",
     "flip_rate_update",
     "index_bytes",
     "index_width",
     "kept_magnitude_update",
+    "magnitude_allocation",
     "magnitude_mask",
+    "mask_decay",
     "moment_behind",
     "nadam_bound",
     "nadam_momentum",
     "nadam_step",
     "nm_mask",
+    "order_statistics",
     "pack_nm",
     "preconditioned_nadam_step",
     "preconditioned_radam_step",
@@ -70,10 +89,12 @@ __all__ = [
     "radam_step",
     "ratio_compute",
     "rectification",
+    "search_allocation",
     "second_moment_change",
     "statistic_compute",
     "statistic_update",
     "straight_through",
+    "structure_decay",
     "unpack_nm",
     "violation_update",
     "window_length",

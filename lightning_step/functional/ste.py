@@ -10,6 +10,7 @@ Note [A copy with holes]
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lightning_step.functional.mask import apply_mask
@@ -17,10 +18,10 @@ from lightning_step.functional.mask import apply_mask
 __all__ = ["pruned_part", "straight_through"]
 
 
-def straight_through(weight: Tensor, mask: Tensor) -> Tensor:
+def straight_through(weight: Tensor, mask: Tensor, leak: float = 0.0) -> Tensor:
     r"""Mask the weight, and pass the gradient unchanged to every weight.
 
-    .. math:: \tilde w = \Pi \odot w, \qquad \frac{\partial \tilde w}{\partial w} := 1
+    .. math:: \tilde w = (\Pi + \beta\,(1-\Pi)) \odot w, \qquad \frac{\partial \tilde w}{\partial w} := 1
 
     Pruned weights go on learning and can return, which is what makes mask learning possible. What the mask drops is plus
     zero, whatever it was. Under ``torch.vmap`` a batched mask needs a batched weight.
@@ -28,6 +29,7 @@ def straight_through(weight: Tensor, mask: Tensor) -> Tensor:
     Args:
         weight: The latent (dense) weight, any float dtype, any shape.
         mask: Boolean, the shape of ``weight``.
+        leak: :math:`\beta`, what the dropped weights are multiplied with.
 
     Returns:
         The masked weight, same shape and dtype.
@@ -44,7 +46,10 @@ def straight_through(weight: Tensor, mask: Tensor) -> Tensor:
         <https://arxiv.org/abs/2102.04010>`_, ICLR 2021, equation 3.
     """
     masked = weight.clone()  # see Note [A copy with holes]
-    masked.detach().masked_fill_(~mask, 0)
+    if leak:
+        masked.detach().copy_(torch.where(mask, weight.detach(), weight.detach() * leak))
+    else:
+        masked.detach().masked_fill_(~mask, 0)
     return masked
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from typing_extensions import override
 
-from lightning_step.recipes.base import GradientRule, Plan, Recipe, check_lam, check_switch
+from lightning_step.recipes.base import Recipe, check_lam, check_switch
+from lightning_step.recipes.plan import GradientRule, Plan
 from lightning_step.recipes.switches import AtStep, Switch
 
 __all__ = ["ASP", "SRSTE", "STE", "Dense"]

@@ -8,7 +8,8 @@ from typing_extensions import override
 
 from lightning_step.errors import ConfigurationError
 from lightning_step.functional import PreconditionForm
-from lightning_step.recipes.base import Freeze, GradientRule, Plan, Recipe, Scope, check_lam, check_switch
+from lightning_step.recipes.base import Recipe, check_lam, check_switch
+from lightning_step.recipes.plan import Freeze, GradientRule, Plan, Scope
 from lightning_step.recipes.switches import AutoSwitch, Switch
 
 __all__ = ["STEP"]

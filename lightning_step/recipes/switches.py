@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-from lightning_step.errors import ArgumentTypeError, ConfigurationError
+from lightning_step.errors import ConfigurationError
 from lightning_step.functional import window_length, window_mean
+from lightning_step.recipes.limits import check_limit, check_order, resolve_limit
 from lightning_step.recipes.watcher import Clock, Reading, Watcher
 
 __all__ = ["AtStep", "AutoSwitch", "RelativeNorm", "Staleness", "Switch"]
@@ -56,11 +57,11 @@ class AtStep(Switch):
     step: int | float = 0
 
     def __post_init__(self) -> None:
-        _check_limit("step", self.step)
+        check_limit("step", self.step)
 
     def start(self, clock: Clock) -> Watcher:
         """See `Switch.start`."""
-        step = _resolve("step", self.step, clock)
+        step = resolve_limit("step", self.step, clock.total_steps)
         return Watcher(None, 0, _never, t_min=step, t_max=step)
 
 
@@ -106,7 +107,7 @@ class AutoSwitch(Switch):
             raise ConfigurationError(f"Expected `window` to be an integer >= 1 (optimizer steps), but got {self.window!r}.")
         if self.threshold is not None and not self.threshold > 0:
             raise ConfigurationError(f"Expected `threshold` > 0, but got {self.threshold!r}.")
-        _check_order(self.t_min, self.t_max)
+        check_order(self.t_min, self.t_max)
 
     def start(self, clock: Clock) -> Watcher:
         """See `Switch.start`."""
@@ -153,7 +154,7 @@ class RelativeNorm(Switch):
     def __post_init__(self) -> None:
         if not self.threshold > 0:
             raise ConfigurationError(f"Expected `threshold` > 0, but got {self.threshold!r}.")
-        _check_order(self.t_min, self.t_max)
+        check_order(self.t_min, self.t_max)
 
     def start(self, clock: Clock) -> Watcher:
         """See `Switch.start`."""
@@ -205,7 +206,7 @@ class Staleness(Switch):
             raise ConfigurationError(f"Expected `threshold` > 0, but got {self.threshold!r}.")
         if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
             raise ConfigurationError(f"Expected `window` to be an integer >= 1 (optimizer steps), but got {self.window!r}.")
-        _check_order(self.t_min, self.t_max)
+        check_order(self.t_min, self.t_max)
 
     def start(self, clock: Clock) -> Watcher:
         """See `Switch.start`."""
@@ -228,47 +229,14 @@ def _never(samples: Sequence[float]) -> Reading:
     return Reading(False, None, None, "", "")
 
 
-def _check_limit(name: str, value: int | float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ArgumentTypeError(
-            f"Expected `{name}` to be an integer (optimizer steps) or a float (fraction of all steps), but got {value!r}."
-        )
-    if not value >= 0 or (isinstance(value, float) and value > 1):
-        raise ConfigurationError(
-            f"Expected `{name}` to be a step >= 0 (integer) or a fraction from 0.0 to 1.0 (float), but got {value!r}."
-        )
-
-
-def _check_order(t_min: int | float, t_max: int | float) -> None:
-    _check_limit("t_min", t_min)
-    _check_limit("t_max", t_max)
-    if type(t_min) is type(t_max) and t_min > t_max:
-        raise ConfigurationError(
-            f"Expected `t_min` <= `t_max`, but got t_min={t_min} and t_max={t_max}. The switch is never before t_min and "
-            "at t_max at the latest."
-        )
-
-
-def _resolve(name: str, value: int | float, clock: Clock) -> int:
-    if isinstance(value, int):
-        return value
-    if clock.total_steps is None:
-        raise ConfigurationError(
-            f"Expected a known number of optimizer steps, because {name}={value} is a fraction of it, but got an unlimited "
-            "run (max_steps=-1), or one under manual optimization, which counts the steps of all optimizers together. Set "
-            "max_steps or max_epochs; under manual optimization and in a plain loop pass `total_steps`, the steps that the "
-            f"optimizer of the masked tensors takes; or give {name} as a whole number of optimizer steps."
-        )
-    return round(value * clock.total_steps)
-
-
 class _Limits(TypedDict):
     t_min: int
     t_max: int
 
 
 def _limits(t_min: int | float, t_max: int | float, clock: Clock) -> _Limits:
-    low, high = _resolve("t_min", t_min, clock), _resolve("t_max", t_max, clock)
+    low = resolve_limit("t_min", t_min, clock.total_steps)
+    high = resolve_limit("t_max", t_max, clock.total_steps)
     if low > high:
         raise ConfigurationError(
             f"Expected `t_min` <= `t_max`, but got t_min={t_min} (step {low}) and t_max={t_max} (step {high}) "

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_step import STEP, AtStep, AutoSwitch, NMPattern, Recipe, STEPSparsityCallback, nm_masks
-from lightning_step.recipes import GradientRule, Plan
+from lightning_step.recipes import GradientRule, Moment, Plan
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Tightening(Recipe):
     """3:4 until step 8, then what the tensor is to end with."""
 
     def plan(self) -> Plan:
-        def pattern(name: str, final: NMPattern, t: int) -> NMPattern:
-            return NMPattern(3, 4) if t < 8 else final
+        def pattern(name: str, final: NMPattern, moment: Moment) -> NMPattern:
+            return NMPattern(3, 4) if moment.t < 8 else final
 
         return Plan(AtStep(0), GradientRule(), pattern=pattern)
 

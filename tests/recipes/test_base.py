@@ -9,7 +9,7 @@ import torch
 
 from lightning_step import ASP, SRSTE, STEP, AtStep, AutoSwitch, NMPattern, Recipe, Switch
 from lightning_step.errors import ArgumentTypeError, ConfigurationError
-from lightning_step.recipes import Clock, Freeze, GradientRule, Plan, RelativeNorm, Staleness, describe
+from lightning_step.recipes import Clock, Freeze, GradientRule, Moment, Plan, RelativeNorm, Staleness, describe
 from lightning_step.recipes.base import check_lam
 
 
@@ -99,7 +99,8 @@ def test_a_recipe_has_to_have_a_plan():
 def test_a_plan_is_a_frozen_value_with_plain_defaults():
     plan = Plan(AtStep(1))
     assert (plan.gradient, plan.freeze) == (GradientRule("straight_through"), None)
-    assert plan.pattern("any", NMPattern(1, 4), 7) == NMPattern(1, 4)
+    assert plan.pattern("any", NMPattern(1, 4), Moment(7)) == NMPattern(1, 4)
+    assert (plan.fade(Moment(7)), plan.allocate) == (0, None)
     assert dataclasses.replace(plan) == plan
     with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign to field"):
         plan.masks = None

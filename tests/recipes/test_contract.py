@@ -11,7 +11,7 @@ import torch
 from torch.optim import SGD, Adam, AdamW
 
 from lightning_step import ASP, SRSTE, STE, STEP, AtStep, AutoSwitch, Dense, NMPattern, Sparsifier, nm_masks, strip
-from lightning_step.recipes import RelativeNorm, Staleness, describe
+from lightning_step.recipes import Moment, RelativeNorm, Staleness, describe
 from lightning_step.wiring import needs_adapter
 
 RECIPES = {
@@ -199,4 +199,6 @@ def test_its_description_is_json_and_tells_it_from_the_others(recipe):
 @every_recipe
 @pytest.mark.parametrize("pattern", [NMPattern(1, 4), NMPattern(2, 4)], ids=str)
 def test_in_the_end_every_tensor_has_its_own_pattern(recipe, pattern):
-    assert recipe.plan().pattern("0.weight", pattern, 10**9) == pattern
+    moment = Moment(STEPS, began=4, total_steps=STEPS)
+    assert recipe.plan().pattern("0.weight", pattern, moment) == pattern
+    assert recipe.plan().fade(moment) == 0
