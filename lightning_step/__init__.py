@@ -1,6 +1,6 @@
 """Train N:M structured-sparse networks with Adam: the STEP recipe for Lightning and plain PyTorch."""
 
-from lightning_step.callbacks import SparseExport, STEPSparsityCallback
+from lightning_step.callbacks import SparseExport, SparsityMonitor, STEPSparsityCallback
 from lightning_step.errors import LightningStepError
 from lightning_step.events import SwitchEvent
 from lightning_step.export import export_model, load_sparse
@@ -14,9 +14,13 @@ from lightning_step.recipes import (
     AtStep,
     AutoSwitch,
     Dense,
+    DenseTail,
+    Layerwise,
+    MaskDecay,
     Recipe,
     RelativeNorm,
     Staleness,
+    StructureDecay,
     Switch,
 )
 from lightning_step.sparsifier import Sparsifier
@@ -31,8 +35,11 @@ __all__ = [
     "AtStep",
     "AutoSwitch",
     "Dense",
+    "DenseTail",
+    "Layerwise",
     "LeftOut",
     "LightningStepError",
+    "MaskDecay",
     "NMMask",
     "NMPattern",
     "Recipe",
@@ -40,7 +47,9 @@ __all__ = [
     "STEPSparsityCallback",
     "SparseExport",
     "Sparsifier",
+    "SparsityMonitor",
     "Staleness",
+    "StructureDecay",
     "Switch",
     "SwitchEvent",
     "Target",

@@ -17,7 +17,7 @@ from lightning_step.masked_classes import original_class
 from lightning_step.naming import named_modules
 from lightning_step.pattern import NMPattern
 
-__all__ = ["LeftOut", "Overrides", "Target", "Targets", "find_targets"]
+__all__ = ["LeftOut", "Overrides", "Target", "Targets", "find_targets", "merge_targets"]
 
 Overrides = Mapping[str, NMPattern | Sequence[int]]
 """Shell-style glob to another n:m, for example ``{"blocks.0.*": (1, 4)}``; the last matching entry wins."""
@@ -65,6 +65,25 @@ class Targets(NamedTuple):
 
     masked: tuple[Target, ...]
     left_out: tuple[LeftOut, ...]
+
+
+def merge_targets(parts: Sequence[Targets]) -> Targets:
+    """All that some optimizer trains masks for, and the rest with the reason.
+
+    Args:
+        parts: What each optimizer of one model masks and leaves out.
+
+    Returns:
+        One entry per tensor.
+
+    Example:
+        >>> one, other = (find_targets(nn.Linear(8, 4), NMPattern(2, 4), exclude=glob) for glob in ([], ["bias"]))
+        >>> len(merge_targets([one, other]).masked)
+        1
+    """
+    held = {target.name: target for part in parts for target in part.masked}
+    left_out = {entry.name: entry for part in parts for entry in part.left_out}
+    return Targets(tuple(held.values()), tuple(e for name, e in left_out.items() if name not in held))
 
 
 class _Use(NamedTuple):

@@ -39,12 +39,12 @@ LAYERS = {
         "hooks",
     ],
     3: ["recipes", "masking", "watching", "freezing", "resume", "events", "wiring", "sparsifier", "checkpoints"],
-    4: ["callbacks", "commands"],
-    5: ["reports", "cli", "__main__"],
+    4: ["monitoring", "callbacks", "commands"],
+    5: ["reports", "sparsity_cli", "cli", "__main__"],
     6: ["__init__"],
 }
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
-KNOWS_LIGHTNING = {"callbacks", "reports", "cli"}
+KNOWS_LIGHTNING = {"callbacks", "reports", "cli", "sparsity_cli"}
 PUBLIC = [NAME, *(f"{NAME}.{part}" for part in ("optim", "functional", "recipes", "reports", "export", "summary"))]
 EXTRAS = {"transformers", "jsonargparse", "matplotlib", "onnx"}
 MAX_LINES = 400

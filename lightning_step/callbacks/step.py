@@ -10,19 +10,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_step.callbacks.handover import Handover, packed
+from lightning_step.callbacks.monitoring import announce, monitor_options
 from lightning_step.callbacks.trainer import (
     builds_late,
     callbacks_of,
     check_strategy,
     check_total_steps,
-    log_interval,
     steps_logged,
     total_steps,
 )
 from lightning_step.errors import ConfigurationError, ResumeError, TargetError
 from lightning_step.events import SwitchEvent
 from lightning_step.export import accelerations, short_form
-from lightning_step.masking import parameter_of
+from lightning_step.masking import parameter_of, restore_masks
+from lightning_step.monitoring import Monitor, MonitorOptions
 from lightning_step.parametrization import apply_nm_masks, nm_masks
 from lightning_step.pattern import NMPattern
 from lightning_step.recipes import STEP, Recipe, describe
@@ -30,7 +31,7 @@ from lightning_step.resume import brief, check_config, check_version, config_of
 from lightning_step.sharding import all_reduce
 from lightning_step.sparsifier import Sparsifier
 from lightning_step.summary import format_targets
-from lightning_step.targets import Targets
+from lightning_step.targets import Targets, merge_targets
 
 __all__ = ["STEPSparsityCallback"]
 
@@ -55,6 +56,8 @@ class STEPSparsityCallback(pl.Callback):
         read_every: Bring variance samples to the host, and decide, every so many optimizer steps.
         max_coordinates: Sample the variance change on about this many coordinates at most.
         verbose: Print the start table and a line at every switch (rank 0).
+        monitor: Log to the trainer's loggers; what and how often is said by the `SparsityMonitor` among the trainer's
+            callbacks, if there is one. False: log nothing at all.
 
     Raises:
         PatternError: If n:m is no pattern.
@@ -86,12 +89,14 @@ class STEPSparsityCallback(pl.Callback):
         read_every: int = 10,
         max_coordinates: int = 65_536,
         verbose: bool = True,
+        monitor: bool = True,
     ) -> None:
         check_total_steps(total_steps)
         self.pattern = NMPattern(n, m)
         self.total_steps = total_steps
         self.recipe: Recipe = STEP() if recipe is None else recipe
         self.verbose = verbose
+        self.monitor = monitor
         self.sparsifiers: list[Sparsifier] = []  # one per optimizer that holds masked tensors, while fitting
         self.targets: Targets | None = None
         self._selection: dict[str, Any] = {
@@ -104,8 +109,7 @@ class STEPSparsityCallback(pl.Callback):
         self._handover = Handover()
         self._fitting = False  # from the fit's start, when the optimizers are hooked, to its end
         self._silent = not verbose
-        self._logged_at = -1
-        self._events_seen = 0
+        self._monitor = Monitor([], [], MonitorOptions(every=0))
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -133,12 +137,15 @@ class STEPSparsityCallback(pl.Callback):
         self.targets = self._apply_masks(pl_module)
         restored, lost = self._handover.take()
         self._silent = True  # a switch at step 0 is announced below the table, a restored one not again
+        options = monitor_options(trainer, self.monitor)
         for index in self._holders(trainer):  # one that is refused leaves those before it to on_exception
-            self.sparsifiers.append(self._sparsifier(trainer, pl_module, index))
+            self.sparsifiers.append(self._sparsifier(trainer, pl_module, index, options.every or 0))
+        self._monitor = Monitor(self.sparsifiers, trainer.loggers, options)
+        announce(self._monitor, trainer, pl_module)
         self._silent = not self.verbose
         if self.verbose:
             runtimes = short_form(accelerations(pl_module, torch.bfloat16))  # no sparse kernel takes 2:4 in float32
-            table = format_targets(self._shown_targets())
+            table = format_targets(merge_targets([sparsifier.targets for sparsifier in self.sparsifiers]))
             rank_zero_info(f"{table}\n{runtimes}\nrecipe: {brief(describe(self.recipe))}")
         if restored is not None:
             self._restore(restored)
@@ -158,25 +165,19 @@ class STEPSparsityCallback(pl.Callback):
         """Called when everything is restored. Makes sure that the optimizer came back together with the phase."""
         for sparsifier in self.sparsifiers:
             sparsifier.check_restored()
-        self._events_seen = self._events()
+        self._monitor.start(steps_logged(trainer, in_batch=False))
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called after every batch. Logs what the switch sees, every ``log_every_n_steps`` steps and when it fires."""
-        step, every = steps_logged(trainer), log_interval(trainer)
-        events = self._events()
-        switched, self._events_seen = events > self._events_seen, events
-        if not every or not step or step == self._logged_at or (step % every and not switched):
-            return
-        self._logged_at = step
-        metrics: dict[str, float] = {}
-        for i, sparsifier in enumerate(self.sparsifiers):
-            prefix = "sparsity" if len(self.sparsifiers) == 1 else f"sparsity/{i}"
-            metrics |= {f"{prefix}/{name}": value for name, value in sparsifier.gauges().items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+        """Called after every batch. Lets the monitor log, if it is time or something has switched."""
+        self._monitor.observe(steps_logged(trainer))
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when training ends as it should. Lets the monitor log what it has not logged yet."""
+        self._monitor.finish(steps_logged(trainer, in_batch=False))
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -207,7 +208,10 @@ class STEPSparsityCallback(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Phase, switch step, reason and window of every optimizer: plain values, never empty."""
         kept = None if self._fitting else self._handover.state
-        return packed([sparsifier.state_dict() for sparsifier in self.sparsifiers]) if kept is None else kept
+        if kept is not None:
+            return kept
+        curves = self._monitor.state_dict()
+        return packed([sparsifier.state_dict() for sparsifier in self.sparsifiers]) | ({"monitor": curves} if curves else {})
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -248,7 +252,7 @@ class STEPSparsityCallback(pl.Callback):
             )
         return holders
 
-    def _sparsifier(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int) -> Sparsifier:
+    def _sparsifier(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, every: int) -> Sparsifier:
         return Sparsifier(
             pl_module,
             trainer.optimizers[index],
@@ -256,16 +260,12 @@ class STEPSparsityCallback(pl.Callback):
             self.pattern.m,
             recipe=self.recipe,
             total_steps=total_steps(trainer, index, self.total_steps),
-            # Loggers may differ from process to process, but all have to measure at the same steps.
-            measure_every=trainer.strategy.broadcast(log_interval(trainer)),
+            measure_every=every,
             reduce=all_reduce if trainer.world_size > 1 else torch.clone,
             on_event=self._announce,
             **self._selection,
             **self._sampling,
         )
-
-    def _events(self) -> int:
-        return sum(len(sparsifier.events) for sparsifier in self.sparsifiers)
 
     def _announce(self, event: SwitchEvent) -> None:
         self._say(f"lightning-step, {event}")
@@ -283,6 +283,7 @@ class STEPSparsityCallback(pl.Callback):
             )
         for sparsifier, own in zip(self.sparsifiers, saved, strict=True):
             sparsifier.load_state_dict(own)
+        self._monitor.load_state_dict(state.get("monitor", []))
 
     def _enable_restored(self, pl_module: pl.LightningModule) -> None:
         """Masks as they were in a checkpoint that is evaluated. Which recipe made them does not matter."""
@@ -290,20 +291,12 @@ class STEPSparsityCallback(pl.Callback):
         if loaded is None or pl_module.trainer.state.fn == "fit":
             return
         self.targets = self._apply_masks(pl_module)
-        masks, rule = nm_masks(pl_module), self.recipe.plan().pattern
+        masks = nm_masks(pl_module)
         for own in loaded["optimizers"]:
             saved = own["config"]
             there = [target for target in self.targets.masked if target.name in saved["patterns"]]
             check_config(saved, {**config_of(self.recipe, there), "recipe": saved["recipe"]})
-            for target in there:
-                masks[target.name].enabled = bool(own["masks"])
-                masks[target.name].pattern = rule(target.name, target.pattern, own["t"])
-
-    def _shown_targets(self) -> Targets:
-        """All that some optimizer trains masks for, and the rest with the reason."""
-        held = {target.name: target for sparsifier in self.sparsifiers for target in sparsifier.targets.masked}
-        left_out = {entry.name: entry for sparsifier in self.sparsifiers for entry in sparsifier.targets.left_out}
-        return Targets(tuple(held.values()), tuple(e for name, e in left_out.items() if name not in held))
+            restore_masks({target.name: masks[target.name] for target in there}, own)
 
     def _end(self, pl_module: pl.LightningModule) -> None:
         self._handover.keep(pl_module)

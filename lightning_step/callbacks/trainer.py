@@ -84,11 +84,12 @@ def total_steps(trainer: pl.Trainer, index: int = 0, given: int | Sequence[int] 
     return int(steps) if math.isfinite(steps) and steps >= 0 else None
 
 
-def steps_logged(trainer: pl.Trainer) -> int:
+def steps_logged(trainer: pl.Trainer, in_batch: bool = True) -> int:
     """What Lightning writes on the x-axis after a batch: with several optimizers a batch is one step, not one for each.
 
     Args:
         trainer: The trainer.
+        in_batch: Whether this is asked by a hook that is called when a batch ends, or between batches.
 
     Returns:
         Steps after this batch.
@@ -100,7 +101,7 @@ def steps_logged(trainer: pl.Trainer) -> int:
     module = trainer.lightning_module
     if module is None or module.automatic_optimization:
         return trainer.global_step
-    return trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+    return trainer.fit_loop.epoch_loop._batches_that_stepped + in_batch  # it counts after that hook
 
 
 def log_interval(trainer: pl.Trainer) -> int:

@@ -48,8 +48,8 @@ def test_a_second_fit_of_the_module_goes_on_in_its_phase(
     (second,) = callback.sparsifiers
     assert (second.t, second.events) == (STEPS + 6, first.events)
     assert masks_on(module) == (recipe.plan().masks is not None)
-    assert not first._optimizer._optimizer_step_pre_hooks
-    assert not second._optimizer._optimizer_step_post_hooks
+    assert not first.optimizer._optimizer_step_pre_hooks
+    assert not second.optimizer._optimizer_step_post_hooks
 
 
 @pytest.mark.parametrize("new", ["callback", "module"])
