@@ -45,6 +45,16 @@ gpu: ## the checks that need a CUDA device, with the Python and torch that are t
 coverage: $(VENV)/.ready ## branch coverage of the package
 	@$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered
 
+# The notice that is turned off is about another major version of mkdocs than the one pinned.
+.PHONY: docs
+docs: $(VENV)/.ready ## the documentation site, in build/site (open index.html there)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "built build/site/index.html"
+
+.PHONY: docs-serve
+docs-serve: $(VENV)/.ready ## the same at http://127.0.0.1:8000, built anew when a page changes
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 .PHONY: build
 build: $(VENV)/.ready ## the wheel and the source archive, in dist/
 	@$(BIN)/python -m build

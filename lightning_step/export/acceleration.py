@@ -33,6 +33,8 @@ RUNTIMES: Mapping[str, str] = {
     "cutlass": "torch CUTLASS",  # compute capability 8.x only
     "tensorrt": "TensorRT",
 }
+"""The runtimes that are judged: the key of their verdict, and their name."""
+
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

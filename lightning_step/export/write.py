@@ -26,6 +26,8 @@ from lightning_step.targets import Targets
 __all__ = ["FORMATS", "Exported", "check_format", "export_model", "export_tensors"]
 
 FORMATS: tuple[Format, ...] = ("dense", "packed")
+"""The formats of `export_model`, by name."""
+
 _SAFE = (
     "The model is still in memory (after a Trainer, as `trainer.lightning_module`); "
     "write it with `export_model(model, path)`."
