@@ -1,4 +1,4 @@
-"""The command line: commands on files, and ``lightning-step fit``, LightningCLI with this package's callbacks at hand."""
+"""The command line: commands on files, and ``lightning-step fit``, LightningCLI with a section for masks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,24 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from lightning_step.commands import COMMANDS, help_text, run_command
 from lightning_step.errors import LightningStepError
 from lightning_step.version import __version__
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    from lightning_step.sparsity_cli import SparsityCLI
+
+__all__ = ["SparsityCLI", "main"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "SparsityCLI":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lightning_step.sparsity_cli import SparsityCLI  # slow to import, and jsonargparse is an extra
+
+    return SparsityCLI
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -63,9 +75,9 @@ def _own(error: BaseException | None) -> LightningStepError | None:
 
 
 def _run(arguments: list[str] | None) -> None:
-    from lightning.pytorch.cli import LightningCLI  # slow to import, and jsonargparse is an extra
+    from lightning_step.sparsity_cli import SparsityCLI
 
-    LightningCLI(
+    SparsityCLI(
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},

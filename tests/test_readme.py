@@ -38,7 +38,7 @@ def test_a_python_block_runs(number: int, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.filterwarnings("ignore")  # LightningCLI 2.6 calls what newer jsonargparse deprecates
 @pytest.mark.parametrize("number", range(len(blocks("yaml"))))
 def test_a_yaml_block_configures_a_trainer(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning.pytorch.cli import LightningCLI
+    from lightning_step.cli import SparsityCLI
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-step"])
@@ -48,7 +48,7 @@ def test_a_yaml_block_configures_a_trainer(number: int, tmp_path: Path, monkeypa
     quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--seed_everything=0"]
     quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--seed_everything=0"]
     arguments: list[Any] = [f"--config={config}", model, *quiet]
-    cli = LightningCLI(subclass_mode_model=True, run=False, args=arguments, save_config_callback=None)
+    cli = SparsityCLI(subclass_mode_model=True, run=False, args=arguments, save_config_callback=None)
     ours = [type(callback).__name__ for callback in cli.trainer.callbacks]
     assert {"STEPSparsityCallback", "SparseExport"} <= set(ours)
 
