@@ -122,3 +122,10 @@ def test_ratio(pair, ratio):
     value = ratio_compute(torch.tensor(pair))
     assert type(value) is float
     assert value == ratio
+
+
+@pytest.mark.parametrize("m", [255, 256, 300])
+def test_weights_of_large_groups_are_counted_to_the_end(m):
+    """300 counted in a byte would be 44."""
+    assert find_violation(torch.ones(1, m), NMPattern(max(m - 256, 1), m)) == Violation((0, 0), m, 1)
+    assert find_violation(torch.ones(1, m), NMPattern(m, m)) is None
