@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.callbacks import ModelPruning
+from torch.ao.pruning import WeightNormSparsifier
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(DOCS.rglob("*.md"))
+RESULTS = DOCS.parent / "examples" / "benchmarks" / "results" / "compare" / "results.md"
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#\s]+)(?:#[^)]*)?\)")
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 
 
 def links(page: Path) -> list[tuple[str, Path]]:
@@ -53,3 +57,31 @@ def test_the_matrix_names_a_test_in_every_row() -> None:
     rows = [line for line in lines if line.startswith("| ") and not line.startswith("| what")]
     assert len(rows) > 40
     assert [row for row in rows if "](../tests/" not in row] == []
+
+
+def losses() -> list[tuple[float, float]]:
+    """Mean loss, and how much that is above dense, of every row of the comparison."""
+    rows = re.findall(r"\| (\d\.\d{4}) ± [\d.]+ \| ([+-]\d\.\d{4}) \|", RESULTS.read_text(encoding="utf-8"))
+    return [(float(mean), float(above)) for mean, above in rows]
+
+
+def test_every_loss_that_the_text_speaks_of_comes_from_the_committed_comparison() -> None:
+    spoken = set(re.findall(r"\b\d\.\d{3}\b", (DOCS / "choosing.md").read_text(encoding="utf-8")))
+    assert len(spoken) >= 4
+    measured = losses()
+    assert len(measured) > 15
+    known = {f"{above:.3f}" for _, above in measured} | {
+        f"{one - other:.3f}" for one, _ in measured for other, _ in measured
+    }
+    # Betas are numbers, too.
+    assert spoken - known == {"0.999"}
+
+
+@pytest.mark.parametrize("tool", [ModelPruning, WeightNormSparsifier])
+def test_arguments_of_other_tools_are_called_what_they_are_called_there(tool: type) -> None:
+    text = (DOCS / "coming-from.md").read_text(encoding="utf-8")
+    named = {name for name in inspect.signature(tool).parameters if re.search(rf"`(?:[^`\n]*\W)?{name}=", text)}
+    assert len(named) >= 3
+    rows = [line for line in text.splitlines() if line.startswith("| `") and any(f"{name}=" in line for name in named)]
+    written = set(re.findall(r"(\w+)=", " ".join(line.split(" | ")[0] for line in rows)))
+    assert written <= set(inspect.signature(tool).parameters)

@@ -167,7 +167,11 @@ def run_ours(words: list[str]) -> None:
         arguments += ["--trainer.max_steps=12"] if arguments[0] == "fit" else []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # LightningCLI 2.6 calls what newer jsonargparse deprecates
-        assert main(arguments) == 0, words
+        try:
+            status = main(arguments)
+        except SystemExit as ended:  # as `--help` and `--print_config` do
+            status = ended.code if isinstance(ended.code, int) else 1
+        assert status == 0, words
 
 
 class Runner:
@@ -209,15 +213,14 @@ class Runner:
     def _yaml(self, block: Block) -> None:
         if block.title is not None:
             return  # a command of the page reads it; see below
-        from lightning.pytorch.cli import LightningCLI
+        from lightning_step.sparsity_cli import SparsityCLI
 
         (self.folder / "block.yaml").write_text(block.text, encoding="utf-8")
-        # Outside of a package there is no stable name for a model of ours: one is given by the class itself.
         quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.fast_dev_run=true"]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             arguments: list[Any] = ["--config=block.yaml", *quiet]
-            cli = LightningCLI(WithHead, run=False, args=arguments, save_config_callback=None, seed_everything_default=0)
+            cli = SparsityCLI(WithHead, run=False, args=arguments, save_config_callback=None, seed_everything_default=0)
             cli.trainer.fit(cli.model)
 
     def _json(self, block: Block) -> None:
