@@ -29,7 +29,7 @@ tensors. What is sampled or measured is logged only once it is known.
 The norms and ``v_near_zero`` are there for every optimizer whose second moment can be read, under every recipe.
 """
 
-from lightning_step.monitoring.monitor import LogsMetrics, Monitor
+from lightning_step.monitoring.monitor import Monitor
 from lightning_step.monitoring.options import MonitorOptions
 
-__all__ = ["LogsMetrics", "Monitor", "MonitorOptions"]
+__all__ = ["Monitor", "MonitorOptions"]

@@ -13,27 +13,15 @@ from lightning_step.monitoring.options import MonitorOptions
 from lightning_step.monitoring.texts import hyperparameters, panel
 from lightning_step.sparsifier import Sparsifier
 
-__all__ = ["LogsMetrics", "Monitor"]
+__all__ = ["Monitor"]
 
 _FINAL = ("phase", "ratio", "v_near_zero", "flip_rate", "density", "kept_magnitude")
 
 
-class LogsMetrics(Protocol):
-    """All that is asked of a logger.
+class _Logger(Protocol):
+    """All that is asked of a logger."""
 
-    Example:
-        >>> class Prints:
-        ...     def log_metrics(self, metrics, step=None):
-        ...         print(step, metrics)
-    """
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Log numbers.
-
-        Args:
-            metrics: Value by tag.
-            step: Where on the x-axis.
-        """
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
 
 
 class Monitor:
@@ -58,7 +46,7 @@ class Monitor:
         1 sparsity/density 0.5
     """
 
-    def __init__(self, sparsifiers: Sequence[Sparsifier], loggers: Sequence[LogsMetrics], options: MonitorOptions) -> None:
+    def __init__(self, sparsifiers: Sequence[Sparsifier], loggers: Sequence[_Logger], options: MonitorOptions) -> None:
         self.options = options
         self._sparsifiers = sparsifiers
         self._loggers = loggers
