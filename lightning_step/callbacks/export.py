@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
+from lightning_step.callbacks.console import say
 from lightning_step.callbacks.trainer import callbacks_of
 from lightning_step.checkpoints import export_checkpoint, read_checkpoint
 from lightning_step.errors import ConfigurationError
@@ -66,12 +67,14 @@ class SparseExport(pl.Callback):
         self.one_shot = one_shot
         self.which = which
         self.exported: Exported | None = None  # what was written last, once it was
+        self.written: list[str] = []  # paths of all that was written since fitting was set up
         self._paths = _paths(path, format)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called first in every stage. Before fitting, makes sure that the file can be written at the end."""
         if stage == "fit":
+            self.written = []
             for path in self._paths.values():
                 _once(trainer, partial(check_writable, path))
             if self.which == "best" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -125,7 +128,7 @@ class SparseExport(pl.Callback):
             if trainer.fast_dev_run:  # type: ignore[attr-defined]
                 with tempfile.TemporaryDirectory() as folder:  # everything is tried, and the file of a real run stays
                     tried = self._export(module, str(Path(folder, "model.safetensors")), format, trainer, info)
-                rank_zero_info(f"lightning-step, {_count(tried)} verified for {path}, which fast_dev_run leaves alone")
+                say(f"lightning-step, {_count(tried)} verified for {path}, which fast_dev_run leaves alone")
             else:
                 written.append(self._export(module, path, format, trainer, info))
                 self._tell(written[-1])
@@ -155,7 +158,8 @@ class SparseExport(pl.Callback):
 
     def _tell(self, exported: Exported) -> None:
         self.exported = exported
-        rank_zero_info(
+        self.written.append(str(exported.path))
+        say(
             f"lightning-step, wrote {exported.path} ({exported.manifest.format}, {exported.bytes:,} bytes): "
             f"{_count(exported)} verified"
         )

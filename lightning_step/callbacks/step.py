@@ -6,9 +6,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_step.callbacks.console import Console
 from lightning_step.callbacks.handover import Handover, packed
 from lightning_step.callbacks.monitoring import announce, monitor_options
 from lightning_step.callbacks.trainer import (
@@ -20,18 +21,15 @@ from lightning_step.callbacks.trainer import (
     total_steps,
 )
 from lightning_step.errors import ConfigurationError, ResumeError, TargetError
-from lightning_step.events import SwitchEvent
-from lightning_step.export import accelerations, short_form
 from lightning_step.masking import parameter_of, restore_masks
 from lightning_step.monitoring import Monitor, MonitorOptions
 from lightning_step.parametrization import apply_nm_masks, nm_masks
 from lightning_step.pattern import NMPattern
 from lightning_step.recipes import STEP, Recipe, describe
-from lightning_step.resume import brief, check_config, check_version, config_of
+from lightning_step.resume import check_config, check_version, config_of
 from lightning_step.sharding import all_reduce
 from lightning_step.sparsifier import Sparsifier
-from lightning_step.summary import format_targets
-from lightning_step.targets import Targets, merge_targets
+from lightning_step.targets import Targets
 
 __all__ = ["STEPSparsityCallback"]
 
@@ -55,7 +53,7 @@ class STEPSparsityCallback(pl.Callback):
             manual optimization it does not know, unless a single optimizer runs until ``max_steps``.
         read_every: Bring variance samples to the host, and decide, every so many optimizer steps.
         max_coordinates: Sample the variance change on about this many coordinates at most.
-        verbose: Print the start table and a line at every switch (rank 0).
+        verbose: Show a table at the start and at the end, and a line at every switch (rank 0).
         monitor: Log to the trainer's loggers; what and how often is said by the `SparsityMonitor` among the trainer's
             callbacks, if there is one. False: log nothing at all.
 
@@ -108,7 +106,7 @@ class STEPSparsityCallback(pl.Callback):
         self._sampling: dict[str, Any] = {"read_every": read_every, "max_coordinates": max_coordinates}
         self._handover = Handover()
         self._fitting = False  # from the fit's start, when the optimizers are hooked, to its end
-        self._silent = not verbose
+        self._console = Console()
         self._monitor = Monitor([], [], MonitorOptions(every=0))
 
     @override
@@ -136,17 +134,13 @@ class STEPSparsityCallback(pl.Callback):
         """Called when optimizers exist but their state is not restored yet. Hooks the optimizers."""
         self.targets = self._apply_masks(pl_module)
         restored, lost = self._handover.take()
-        self._silent = True  # a switch at step 0 is announced below the table, a restored one not again
+        self._console.prepare(self.verbose)
         options = monitor_options(trainer, self.monitor)
         for index in self._holders(trainer):  # one that is refused leaves those before it to on_exception
             self.sparsifiers.append(self._sparsifier(trainer, pl_module, index, options.every or 0))
         self._monitor = Monitor(self.sparsifiers, trainer.loggers, options)
         announce(self._monitor, trainer, pl_module)
-        self._silent = not self.verbose
-        if self.verbose:
-            runtimes = short_form(accelerations(pl_module, torch.bfloat16))  # no sparse kernel takes 2:4 in float32
-            table = format_targets(merge_targets([sparsifier.targets for sparsifier in self.sparsifiers]))
-            rank_zero_info(f"{table}\n{runtimes}\nrecipe: {brief(describe(self.recipe))}")
+        self._console.begin(pl_module, self.recipe, self.sparsifiers, self._sampling["read_every"])
         if restored is not None:
             self._restore(restored)
         if lost:
@@ -156,28 +150,30 @@ class STEPSparsityCallback(pl.Callback):
             )
         self._handover.begin(pl_module)
         self._fitting = True
-        lines = [line for s in self.sparsifiers for line in (*s.notes, *s.events)] if restored is None else []
-        for line in lines:
-            self._say(f"lightning-step, {line}")
+        if restored is None:
+            self._console.first()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when everything is restored. Makes sure that the optimizer came back together with the phase."""
         for sparsifier in self.sparsifiers:
             sparsifier.check_restored()
+        self._console.start(trainer)
         self._monitor.start(steps_logged(trainer, in_batch=False))
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called after every batch. Lets the monitor log, if it is time or something has switched."""
+        """Called after every batch. Lets the monitor log, if it is time or something has switched; so with the bar."""
+        self._console.progress(trainer)
         self._monitor.observe(steps_logged(trainer))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training ends as it should. Lets the monitor log what it has not logged yet."""
         self._monitor.finish(steps_logged(trainer, in_batch=False))
+        self._console.finish()
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -196,8 +192,9 @@ class STEPSparsityCallback(pl.Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called last in every stage. Takes the hooks off the optimizers; masks stay on the model."""
+        """Called last in every stage. Takes the hooks off the optimizers, masks stay; shows the end table after a fit."""
         self._end(pl_module)
+        self._console.close(trainer)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -262,17 +259,10 @@ class STEPSparsityCallback(pl.Callback):
             total_steps=total_steps(trainer, index, self.total_steps),
             measure_every=every,
             reduce=all_reduce if trainer.world_size > 1 else torch.clone,
-            on_event=self._announce,
+            on_event=self._console.event,
             **self._selection,
             **self._sampling,
         )
-
-    def _announce(self, event: SwitchEvent) -> None:
-        self._say(f"lightning-step, {event}")
-
-    def _say(self, line: str) -> None:
-        if not self._silent:
-            rank_zero_info(line)
 
     def _restore(self, state: dict[str, Any]) -> None:
         saved = state["optimizers"]
