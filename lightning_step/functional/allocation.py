@@ -210,8 +210,9 @@ def _raised(layers: Sequence[Layer], budget: float, worth: Callable[[Layer, int,
     spent = math.fsum(cost(layer, n) for layer, n in zip(layers, kept, strict=True))
     steps = []
     for i, layer in enumerate(layers):
-        steps += [(-worth(layer, low, high), i, low, high) for low, high in pairwise(choices_of(layer.pattern))]
-    for _, i, low, high in sorted(steps):
+        # Of steps that are worth the same the one that leads to the lower density comes first.
+        steps += [(-worth(layer, a, b), b / layer.pattern.m, i, a, b) for a, b in pairwise(choices_of(layer.pattern))]
+    for _, _, i, low, high in sorted(steps):
         more = cost(layers[i], high) - cost(layers[i], low)
         if kept[i] == low and spent + more <= _with_slack(budget):
             kept[i], spent = high, spent + more
@@ -242,7 +243,11 @@ class _Search:
     def tighten(self) -> None:
         while self.spent() > self.budget and any(self.at):
             lost, saved = self._change(-1)
-            self.at[int((lost / -saved).argmin())] -= 1
+            price = lost / -saved
+            # Of layers that lose the same the densest is tightened.
+            same = price <= price.min() * (1 + 1e-9)
+            density = torch.tensor([n / choices[-1] for n, choices in zip(self.kept(), self.choices, strict=True)])
+            self.at[int(torch.where(same, density, -1.0).argmax())] -= 1
 
     def move(self) -> bool:
         """Take the one move that helps most, if there is any: loosen a layer, or loosen one and tighten another."""

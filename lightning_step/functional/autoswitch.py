@@ -24,8 +24,9 @@ __all__ = [
     "window_mean",
 ]
 
-Statistic = Literal["arithmetic", "geometric", "l1", "l2"]
-"""``arithmetic`` and ``geometric`` means of the change of v; mean of ``|v|`` (``l1``) and root mean square of v (``l2``)."""
+Statistic = Literal["arithmetic", "geometric", "l1", "l2", "drift"]
+"""``arithmetic`` and ``geometric`` means of the change of v; mean of ``|v|`` (``l1``) and root mean square of v (``l2``);
+``drift``, several numbers, see `lightning_step.functional.drift_update`."""
 
 
 def second_moment_change(grad: Tensor, v: Tensor, beta2: float | Tensor) -> Tensor:

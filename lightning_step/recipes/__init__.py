@@ -2,6 +2,7 @@
 
 from lightning_step.recipes.base import Recipe, describe
 from lightning_step.recipes.baselines import ASP, SRSTE, STE, Dense
+from lightning_step.recipes.concentration import Concentration
 from lightning_step.recipes.decay import DenseTail, MaskDecay, StructureDecay
 from lightning_step.recipes.layerwise import Layerwise
 from lightning_step.recipes.plan import (
@@ -30,6 +31,7 @@ __all__ = [
     "AtStep",
     "AutoSwitch",
     "Clock",
+    "Concentration",
     "Decision",
     "Dense",
     "DenseTail",

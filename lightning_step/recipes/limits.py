@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 from lightning_step.errors import ArgumentTypeError, ConfigurationError
 
-__all__ = ["check_limit", "check_order", "resolve_limit"]
+__all__ = ["Limits", "check_limit", "check_order", "resolve_limit", "resolve_limits"]
+
+
+class Limits(TypedDict):
+    """Between which optimizer steps a switch fires.
+
+    Example:
+        >>> Limits(t_min=10, t_max=50)["t_max"]
+        50
+    """
+
+    t_min: int
+    t_max: int
 
 
 def check_limit(name: str, value: int | float) -> None:
@@ -83,3 +97,30 @@ def resolve_limit(name: str, value: int | float, total_steps: int | None) -> int
             f"optimizer of the masked tensors takes; or give {name} as a whole number of optimizer steps."
         )
     return round(value * total_steps)
+
+
+def resolve_limits(t_min: int | float, t_max: int | float, total_steps: int | None) -> Limits:
+    """The optimizer steps that the limits of a switch stand for.
+
+    Args:
+        t_min: Never before.
+        t_max: At the latest.
+        total_steps: Optimizer steps of the whole run; None if nobody knows.
+
+    Returns:
+        Both.
+
+    Raises:
+        ConfigurationError: If one is a fraction of nobody knows what, or they are in the wrong order.
+
+    Example:
+        >>> resolve_limits(0.1, 50, 300)
+        {'t_min': 30, 't_max': 50}
+    """
+    low, high = resolve_limit("t_min", t_min, total_steps), resolve_limit("t_max", t_max, total_steps)
+    if low > high:
+        raise ConfigurationError(
+            f"Expected `t_min` <= `t_max`, but got t_min={t_min} (step {low}) and t_max={t_max} (step {high}) "
+            f"in a run of {total_steps} optimizer steps."
+        )
+    return {"t_min": low, "t_max": high}

@@ -9,11 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal
 
 from lightning_step.errors import ConfigurationError
 from lightning_step.functional import window_length, window_mean
-from lightning_step.recipes.limits import check_limit, check_order, resolve_limit
+from lightning_step.recipes.limits import check_limit, check_order, resolve_limit, resolve_limits
 from lightning_step.recipes.watcher import Clock, Reading, Watcher
 
 __all__ = ["AtStep", "AutoSwitch", "RelativeNorm", "Staleness", "Switch"]
@@ -119,7 +119,7 @@ class AutoSwitch(Switch):
             fired = mean is not None and mean < threshold
             return Reading(fired, mean, threshold, "window mean below threshold", f"T_w = {length}")
 
-        return Watcher(self.mean, length, rule, **_limits(self.t_min, self.t_max, clock))
+        return Watcher(self.mean, length, rule, **resolve_limits(self.t_min, self.t_max, clock.total_steps))
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class RelativeNorm(Switch):
             fired = change is not None and change < self.threshold
             return Reading(fired, change, self.threshold, "relative norm change below threshold", "one step")
 
-        return Watcher("l2", 2, rule, **_limits(self.t_min, self.t_max, clock))
+        return Watcher("l2", 2, rule, **resolve_limits(self.t_min, self.t_max, clock.total_steps))
 
 
 @dataclass(frozen=True)
@@ -222,24 +222,8 @@ class Staleness(Switch):
             fired = ratio is not None and ratio >= self.threshold
             return Reading(fired, ratio, self.threshold, "norm ratio above threshold", f"T_w = {length}")
 
-        return Watcher("l1", length + 1, rule, **_limits(self.t_min, self.t_max, clock), correct=correct)
+        return Watcher("l1", length + 1, rule, **resolve_limits(self.t_min, self.t_max, clock.total_steps), correct=correct)
 
 
 def _never(samples: Sequence[float]) -> Reading:
     return Reading(False, None, None, "", "")
-
-
-class _Limits(TypedDict):
-    t_min: int
-    t_max: int
-
-
-def _limits(t_min: int | float, t_max: int | float, clock: Clock) -> _Limits:
-    low = resolve_limit("t_min", t_min, clock.total_steps)
-    high = resolve_limit("t_max", t_max, clock.total_steps)
-    if low > high:
-        raise ConfigurationError(
-            f"Expected `t_min` <= `t_max`, but got t_min={t_min} (step {low}) and t_max={t_max} (step {high}) "
-            f"in a run of {clock.total_steps} optimizer steps."
-        )
-    return {"t_min": low, "t_max": high}

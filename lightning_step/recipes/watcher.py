@@ -125,7 +125,7 @@ class Watcher:
         self._samples: list[float] = []
         self._taken = 0  # samples so far, those no longer kept included
 
-    def observe(self, value: float) -> None:
+    def observe(self, value: Any) -> None:
         """Add the sample of one optimizer step.
 
         Args:
@@ -144,7 +144,7 @@ class Watcher:
         Returns:
             The decision with the rule that fired, or None.
         """
-        reading = self._rule(self._samples)
+        reading = self._reading()
         if t < self.t_min or not (reading.fired or t >= self.t_max):
             return None
         if self.statistic is None:
@@ -166,9 +166,8 @@ class Watcher:
             >>> watcher.gauges()
             {'variance_change': 2.0, 'window_mean': 2.0, 'threshold': 0.5}
         """
-        reading = self._rule(self._samples)
-        newest = self._samples[-1] if self._samples else None
-        values = {"variance_change": newest, "window_mean": reading.value, "threshold": reading.threshold}
+        reading = self._reading()
+        values = {"variance_change": self._newest(), "window_mean": reading.value, "threshold": reading.threshold}
         return {name: value for name, value in values.items() if value is not None}
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,8 +187,14 @@ class Watcher:
         self._samples = [float(value) for value in state["samples"]]
         self._taken = int(state.get("taken", len(self._samples)))
 
+    def _reading(self) -> Reading:
+        return self._rule(self._samples)
+
+    def _newest(self) -> float | None:
+        return self._samples[-1] if self._samples else None
+
     def _numbers(self, reading: Reading) -> str:
         limits = f"T_min = {self.t_min}, T_max = {self.t_max}"
         if reading.value is None:
-            return f"{len(self._samples)} samples, window not full ({reading.detail}), {limits}"
+            return f"{min(self._taken, self.keep)} samples, window not full ({reading.detail}), {limits}"
         return f"{reading.value:.3g} against {reading.threshold:.3g} ({reading.detail}, {limits})"

@@ -10,8 +10,27 @@ import pytest
 import torch
 from torch.optim import SGD, Adam, AdamW
 
-from lightning_step import ASP, SRSTE, STE, STEP, AtStep, AutoSwitch, Dense, NMPattern, Sparsifier, nm_masks, strip
-from lightning_step.recipes import Moment, RelativeNorm, Staleness, describe
+from lightning_step import (
+    ASP,
+    SRSTE,
+    STE,
+    STEP,
+    AtStep,
+    AutoSwitch,
+    Concentration,
+    Dense,
+    DenseTail,
+    Layerwise,
+    MaskDecay,
+    NMPattern,
+    Sparsifier,
+    StructureDecay,
+    export_model,
+    nm_masks,
+    strip,
+)
+from lightning_step.export import read_manifest
+from lightning_step.recipes import Moment, RelativeNorm, Staleness, Wrapper, describe
 from lightning_step.wiring import needs_adapter
 
 RECIPES = {
@@ -28,6 +47,23 @@ RECIPES = {
     "STEP for all": STEP(AtStep(6), scope="all"),
     "STEP masks first": STEP(AtStep(6), masks_from=AtStep(0)),
     "STEP of the paper": STEP(AtStep(6), form="paper", max_step=math.inf),
+    "STEP by drift": STEP(Concentration(threshold=1e30, window=4, t_min=0, t_max=9)),
+    "StructureDecay(ASP)": StructureDecay(ASP(AtStep(4)), end=8),
+    "StructureDecay(STE)": StructureDecay(STE(), end=0.75),
+    "StructureDecay(SRSTE)": StructureDecay(SRSTE(lam=1e-2), end=9, start=3),
+    "StructureDecay(STEP)": StructureDecay(STEP(AtStep(4), lam=1e-2), end=10),
+    "MaskDecay(STE)": MaskDecay(STE(), end=0.5),
+    "MaskDecay(SRSTE)": MaskDecay(SRSTE(lam=1e-2), end=8, start=3),
+    "MaskDecay(STEP)": MaskDecay(STEP(AtStep(4), lam=1e-2), end=1.0, fading="exponential"),
+    "Layerwise(ASP)": Layerwise(ASP(AtStep(6)), by="erk"),
+    "Layerwise(STE)": Layerwise(STE(), by="erk", budget=0.4),
+    "Layerwise(SRSTE)": Layerwise(SRSTE(lam=1e-2), by="magnitude"),
+    "Layerwise(STEP)": Layerwise(STEP(AtStep(6), lam=1e-2), uses={"0.*": 2.0, "2.*": 3.0}, budget=0.6),
+    "DenseTail(ASP)": DenseTail(ASP(AtStep(4)), start=8),
+    "DenseTail(STE)": DenseTail(STE(), start=0.75),
+    "DenseTail(SRSTE)": DenseTail(SRSTE(lam=1e-2), start=6),
+    "DenseTail(STEP)": DenseTail(STEP(AtStep(4), lam=1e-2), start=9),
+    "everything at once": DenseTail(MaskDecay(Layerwise(StructureDecay(STEP(AtStep(4)), end=9), by="erk"), end=8), start=10),
 }
 STEPS = 12
 MASKED = ("0.weight", "2.weight")
@@ -36,6 +72,11 @@ every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 
 def begins_dense(recipe):
     return recipe.plan().masks != AtStep(0)
+
+
+def layers_decide(recipe):
+    """Whether n is chosen layer by layer, so that nobody knows it beforehand."""
+    return isinstance(recipe, Wrapper) and (isinstance(recipe, Layerwise) or layers_decide(recipe.recipe))
 
 
 def same(a, b):
@@ -65,12 +106,14 @@ def test_masked_tensors_hold_the_pattern_after_strip(start, train, recipe, n):
     train(model, stock, STEPS)
     assert sparsifier.phase == (1 if recipe.plan().masks is None else 2)
     dense = {name: p.detach().clone() for name, p in model.named_parameters()}
+    final = {target.name: target.pattern.n for target in sparsifier.targets.masked}
+    assert layers_decide(recipe) or set(final.values()) == {n}
     assert all(torch.isfinite(p).all() for p in dense.values())
     assert strip(model) == (list(MASKED) if sparsifier.phase == 2 else [])
     for name, parameter in model.named_parameters():
         masked = name in MASKED and sparsifier.phase == 2
         nonzeros = (parameter.reshape(-1, 4) != 0).sum(1)
-        assert (nonzeros == (n if masked else 4)).all(), name
+        assert (nonzeros == (final[name] if masked else 4)).all(), name
         assert torch.equal(parameter, torch.where(parameter != 0, dense[name], 0.0)), name
 
 
@@ -79,7 +122,13 @@ def test_a_forward_pass_sees_the_pattern_from_the_event_on(start, train, recipe)
     model, stock, sparsifier = start(recipe)
     for t in range(STEPS + 1):
         on = any(event.masks for event in sparsifier.events)
-        assert {int((model[i].weight.reshape(-1, 4) != 0).sum(1).max()) for i in (0, 2)} == {2 if on else 4}
+        groups = [(model[i].weight.reshape(-1, 4) != 0).sum(1) for i in (0, 2)]
+        if isinstance(recipe, Wrapper) and on:  # what it should be is tested with each wrapper
+            shown = [4 if mask.leak else mask.pattern.n for mask in nm_masks(model).values()]
+        else:
+            shown = [2 if on else 4] * 2
+        fixed = recipe.plan().gradient.fixed and isinstance(recipe, Wrapper)  # what was zero is zero until its next step
+        assert all(((group == n) | (fixed & (group < n))).all() for group, n in zip(groups, shown, strict=True))
         assert {mask.enabled for mask in nm_masks(model).values()} == {on}
         train(model, stock, t + 1, t)
     assert [event for event in sparsifier.events if event.masks or event.freeze] == sparsifier.events
@@ -194,6 +243,16 @@ def test_its_description_is_json_and_tells_it_from_the_others(recipe):
     assert json.loads(json.dumps(described)) == described
     assert described["type"] == type(recipe).__name__
     assert [describe(other) for other in RECIPES.values()].count(described) == 1
+
+
+@every_recipe
+def test_what_is_exported_is_what_the_masks_show(start, train, recipe, tmp_path):
+    model, stock, sparsifier = start(recipe, n=1)
+    train(model, stock, STEPS)
+    if sparsifier.phase == 2:
+        export_model(model, tmp_path / "a.safetensors")
+        held = {name: entry.n for name, entry in read_manifest(tmp_path / "a.safetensors").sparse.items()}
+        assert held == {target.name: target.pattern.n for target in sparsifier.targets.masked}
 
 
 @every_recipe
