@@ -12,7 +12,7 @@ from lightning_step.errors import ArgumentTypeError, TargetError
 from lightning_step.naming import named_modules
 from lightning_step.pattern import NMPattern
 
-__all__ = ["Selection", "check_globs"]
+__all__ = ["Selection", "check_globs", "chosen_names"]
 
 
 @dataclass(frozen=True)
@@ -152,3 +152,28 @@ def check_globs(argument: str, globs: Iterable[str], names: Sequence[str]) -> No
                 f"Expected every glob of `{argument}` to match a module or a tensor, but got {glob!r}, which matches "
                 f"none. The model has: {shown}."
             )
+
+
+def chosen_names(names: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str]) -> set[str]:
+    """The names that globs choose, where there is no model to ask.
+
+    Args:
+        names: Of all tensors.
+        include: Globs of what is chosen; None: everything.
+        exclude: Globs of what is not; they win.
+
+    Returns:
+        The chosen ones.
+
+    Raises:
+        TargetError: If a glob matches none of the names, and nothing that they begin with.
+
+    Example:
+        >>> sorted(chosen_names(["fc.weight", "fc.bias", "head.weight"], ["*.weight"], ["head"]))
+        ['fc.weight']
+    """
+    known = list(dict.fromkeys(parent for name in names for parent in _with_parents(name)))
+    for argument, globs in (("include", include or ()), ("exclude", exclude)):
+        check_globs(argument, globs, known)
+    selection = Selection(None if include is None else tuple(include), tuple(exclude), {})
+    return {name for name in names if selection.refusal([name]) is None}

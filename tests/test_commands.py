@@ -1,5 +1,6 @@
 """The subcommands, run in a process that knows neither the model's class nor jsonargparse."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -83,11 +84,13 @@ def file(tmp_path):
     return export_model(model, tmp_path / "model.safetensors", "dense").path
 
 
-def planted(file):
-    """The same file with one group that holds too much."""
+def planted(file, digests=True):
+    """The same file with one group that holds too much; without digests as nobody wrote them before they came."""
     with safe_open(file, framework="pt") as opened:
         metadata, tensors = opened.metadata(), {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     tensors["0.weight"][5, 8:12] = 1
+    if not digests:
+        metadata["lightning_step"] = json.dumps({**json.loads(metadata["lightning_step"]), "sha256": {}})
     bad = file.with_name("bad.safetensors")
     save_file(tensors, bad, metadata)
     return bad
@@ -156,16 +159,27 @@ def test_inspect_says_pattern_density_bytes_and_runtimes(file, capsys):
     assert main(["inspect", str(file)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[3] == ["0.weight", "2:4", "dim", "1", "(64,", "64)", "float32", "50.0%", "16,384", "100.0%"]
-    assert ["0.weight", "linear", "no", "[1]", "no", "[2]", "yes"] in lines
+    # export_model was given no names of layers: a grouped convolution must not look like one that TensorRT takes
+    assert ["0.weight", "linear?", "no", "[1]", "no", "[2]", "not", "known", "[3]"] in lines
+    assert ["1.weight", "convolution?", "no", "[4]", "no", "[4]", "not", "known", "[5]"] in lines
 
 
-def test_verify_names_the_first_bad_group(file, capsys):
+@pytest.mark.parametrize("digests", [True, False])
+def test_verify_names_the_first_bad_group(digests, file, capsys):
     assert main(["verify", str(file)]) == 0
     assert capsys.readouterr().out.endswith(": 2 tensors verified\n")
-    assert main(["verify", str(planted(file))]) == 1
+    assert main(["verify", str(planted(file, digests))]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ViolationError: Expected '0.weight' to hold 2:4 along dim 1, but got 4 non-zero weights")
     assert "group (5, 2)" in error
+
+
+def test_verify_tells_a_change_that_leaves_the_pattern(file, capsys):
+    with safe_open(file, framework="pt") as opened:
+        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    save_file({**tensors, "0.weight": tensors["0.weight"] * 2}, file, metadata)
+    assert main(["verify", str(file)]) == 1
+    assert capsys.readouterr().err.startswith("error: FileFormatError: Expected '0.weight' in ")
 
 
 def test_convert_there_and_back_is_exact(file, tmp_path, capsys):
@@ -208,6 +222,7 @@ def test_wrong_usage_is_status_2(words, capsys):
 def test_a_failed_convert_leaves_the_old_file(file, tmp_path, capsys):
     out = Path(shutil.copy(file, tmp_path / "out.safetensors"))
     before = out.read_bytes()
-    assert main(["convert", str(planted(file)), "--to", "dense", "--out", str(out)]) == 1
-    assert "ViolationError" in capsys.readouterr().err
+    for digests, error in ((False, "ViolationError"), (True, "FileFormatError")):
+        assert main(["convert", str(planted(file, digests)), "--to", "dense", "--out", str(out)]) == 1
+        assert capsys.readouterr().err.startswith(f"error: {error}")
     assert out.read_bytes() == before

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_step.export.manifest import Manifest
+from lightning_step.export.manifest import Manifest, SparseTensor
 from lightning_step.export.semi_structured import why_not_packed
 from lightning_step.group_dims import group_dim
 from lightning_step.masked_classes import original_class
@@ -149,7 +149,8 @@ def of_file(manifest: Manifest, dtypes: Mapping[str, torch.dtype]) -> tuple[Acce
     """Judge every sparse tensor of a file.
 
     Args:
-        manifest: Of the file. Where it does not name the layers, they are guessed from the shapes.
+        manifest: Of the file. Where it does not name the layers, they are guessed from the shapes, and what depends on the
+            guess is not known.
         dtypes: Dtype of every sparse tensor.
 
     Returns:
@@ -162,7 +163,9 @@ def of_file(manifest: Manifest, dtypes: Mapping[str, torch.dtype]) -> tuple[Acce
     known = manifest.info.get("layers")
     layers: Mapping[str, Any] = known if isinstance(known, dict) else {}
     return tuple(
-        judge(name, e.shape, e.pattern, e.dim, dtypes[name], str(layers.get(name, _guess(e.shape, e.dim))))
+        judge(name, e.shape, e.pattern, e.dim, dtypes[name], str(layers[name]))
+        if name in layers
+        else _guessed(name, e, dtypes[name])
         for name, e in manifest.sparse.items()
     )
 
@@ -259,7 +262,12 @@ def _kind(module: nn.Module, attribute: str) -> str:
     return "HF Conv1D" if group_dim(module, attribute) == 0 else original_class(module).__name__
 
 
-def _guess(shape: tuple[int, ...], dim: int) -> str:
-    if len(shape) == 2:
-        return "linear" if dim == 1 else "HF Conv1D"
-    return "convolution" if dim == 1 else "transposed convolution"
+def _guessed(name: str, entry: SparseTensor, dtype: torch.dtype) -> Acceleration:
+    """A file does not say what uses a tensor: what speaks against it is sure, what speaks for it depends on the layer."""
+    flat = len(entry.shape) == 2
+    guess = ("linear" if flat else "convolution") if entry.dim else ("HF Conv1D" if flat else "transposed convolution")
+    unless = "a Linear layer multiplies with it" if flat else "its convolution is not grouped"
+    unsure = Verdict(None, f"yes, if {unless}; the file does not name its layers")
+    row = judge(name, entry.shape, entry.pattern, entry.dim, dtype, guess)
+    verdicts = {runtime: unsure if verdict.takes else verdict for runtime, verdict in row.verdicts.items()}
+    return replace(row, layer=f"{guess}?", verdicts=verdicts)

@@ -18,7 +18,7 @@ from lightning_step.export.onnx_graph import GraphWeight, graph_weights
 from lightning_step.functional import find_violation
 from lightning_step.pattern import NMPattern
 
-__all__ = ["OnnxWeight", "check_onnx"]
+__all__ = ["OnnxWeight", "check_onnx", "onnx_weights"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,22 @@ class OnnxWeight:
         """
         return not self.reason
 
+    def check(self, path: str | os.PathLike[str]) -> None:
+        """Refuse the weight if it does not hold the pattern.
+
+        Args:
+            path: The file it is in.
+
+        Raises:
+            ViolationError: With its first bad group.
+        """
+        if self.reason:
+            raise ViolationError(
+                f"Expected the weight {self.initializer!r} {self.shape} of {self.op} {self.node!r} to hold {self.pattern} "
+                f"along axis {self.axis}, over which the product sums, but got {self.reason} (in {str(path)!r}). Export the "
+                "model again."
+            )
+
 
 def check_onnx(
     path: str | os.PathLike[str], pattern: NMPattern | None = None, *, strict: bool = False
@@ -77,6 +93,31 @@ def check_onnx(
         ...     print(weight.node, weight.op, weight.holds)
         node_linear Gemm True
     """
+    found = onnx_weights(path, pattern)
+    for weight in found:
+        if weight.required or strict:
+            weight.check(path)
+    return found
+
+
+def onnx_weights(path: str | os.PathLike[str], pattern: NMPattern | None = None) -> tuple[OnnxWeight, ...]:
+    """What `check_onnx` looks at, and whether it holds; nothing is refused for not holding.
+
+    Args:
+        path: See `check_onnx`.
+        pattern: See `check_onnx`.
+
+    Returns:
+        See `check_onnx`.
+
+    Raises:
+        FileFormatError: See `check_onnx`.
+        ConfigurationError: If onnx is not installed.
+
+    Example:
+        >>> [weight.holds for weight in onnx_weights("model.onnx")]  # doctest: +SKIP
+        [True, False]
+    """
     need_onnx("onnx")
     path = Path(path)
     try:
@@ -96,12 +137,6 @@ def check_onnx(
         raise FileFormatError(
             f"Expected {str(path)!r} to hold a constant weight at the node {lost[0]!r}, as its manifest says, but got "
             "none. The file was changed since it was exported; check it with `pattern=` instead."
-        )
-    bad = next((weight for weight in found if weight.reason and (weight.required or strict)), None)
-    if bad is not None:
-        raise ViolationError(
-            f"Expected the weight {bad.initializer!r} {bad.shape} of {bad.op} {bad.node!r} to hold {bad.pattern} along axis "
-            f"{bad.axis}, over which the product sums, but got {bad.reason} (in {str(path)!r}). Export the model again."
         )
     return tuple(found)
 

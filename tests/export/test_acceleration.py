@@ -4,7 +4,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_step import NMPattern, apply_nm_masks, nm_masks
-from lightning_step.export import accelerations, format_accelerations, short_form
+from lightning_step.export import Manifest, SparseTensor, accelerations, format_accelerations, short_form
+from lightning_step.export.acceleration import of_file
 
 TIED = nn.ModuleDict({"embedding": nn.Embedding(64, 64), "head": nn.Linear(64, 64)})
 TIED["head"].weight = TIED["embedding"].weight
@@ -62,4 +63,33 @@ def test_the_short_form_counts_and_the_table_numbers_its_reasons():
     assert [line.split() for line in format_accelerations(rows).splitlines()[2:4]] == [
         ["1.weight", "linear", "no", "[1]", "no", "[2]", "yes"],
         ["2.weight", "linear", "no", "[1]", "no", "[2]", "yes"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "nm", "layer", "takes"),
+    [
+        ((64, 64), 1, (2, 4), "linear?", (None, None, None)),
+        ((64, 72), 1, (2, 4), "linear?", (False, False, None)),  # what speaks against it is sure
+        ((64, 64), 0, (2, 4), "HF Conv1D?", (False, False, None)),
+        ((64, 64, 3, 3), 1, (2, 4), "convolution?", (False, False, None)),
+        ((64, 64, 3, 3), 1, (3, 8), "convolution?", (False, False, False)),
+        ((64, 64, 3), 0, (2, 4), "transposed convolution?", (False, False, None)),
+    ],
+)
+def test_a_file_that_does_not_name_its_layers_gets_no_yes(shape, dim, nm, layer, takes):
+    sparse = {"weight": SparseTensor(*nm, dim, shape)}
+    [row] = of_file(Manifest("dense", sparse), {"weight": torch.float16})
+    assert (row.layer, tuple(verdict.takes for verdict in row.verdicts.values())) == (layer, takes)
+    if layer == "convolution?" and takes[2] is None:
+        assert row.verdicts["tensorrt"].reason == "yes, if its convolution is not grouped; the file does not name its layers"
+
+
+def test_a_file_that_names_its_layers_is_believed():
+    sparse = {name: SparseTensor(2, 4, 1, (64, 64, 3)) for name in ("a", "b")}
+    manifest = Manifest("dense", sparse, info={"layers": {"a": "convolution", "b": "grouped convolution"}})
+    rows = of_file(manifest, dict.fromkeys(sparse, torch.float16))
+    assert [(row.layer, row.verdicts["tensorrt"].takes) for row in rows] == [
+        ("convolution", True),
+        ("grouped convolution", False),
     ]
