@@ -9,6 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 
@@ -82,3 +84,15 @@ def make_trainer(tmp_path: Path) -> Callable[..., pl.Trainer]:
         return pl.Trainer(**{**quiet, "callbacks": list(callbacks), **arguments})
 
     return make
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> TensorBoardLogger:
+    return TensorBoardLogger(tmp_path, name="tb")
+
+
+@pytest.fixture
+def read() -> Callable[[TensorBoardLogger], EventAccumulator]:
+    """All that a logger wrote, by TensorBoard's own reader."""
+    everything = dict.fromkeys(("scalars", "histograms", "tensors", "images"), 0)
+    return lambda logger: EventAccumulator(logger.log_dir, size_guidance=everything).Reload()
