@@ -1,5 +1,6 @@
 """Schedules against lists written by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -71,6 +72,6 @@ def test_the_factor_falls_in_a_line_or_by_the_same_share_every_step():
     steep = [mask_decay(t, 8, "exponential", last=1e-4) for t in range(9)]
     assert steep[0] == 1
     assert steep[8] == 0
-    shares = [b / a for a, b in zip(steep[:7], steep[1:8], strict=True)]
+    shares = [b / a for a, b in itertools.pairwise(steep[:8])]
     assert shares == pytest.approx([10 ** (-4 / 8)] * 7, rel=1e-12)
     assert math.isclose(steep[7], 1e-4 / shares[0])

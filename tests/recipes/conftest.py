@@ -85,18 +85,22 @@ class MomentumByHand:
             weights[name] = weights[name] - self.lr * self.velocity[name]
 
 
-def train_by_hand(net, update, steps, n=2, m=4, masks_at=None, freeze_at=None, lam=0.0, frozen=MASKED, fixed=False):
-    """What a recipe does, step by step; returns the latent weights after every step."""
+def train_by_hand(
+    net, update, steps, n=2, m=4, masks_at=None, freeze_at=None, lam=0.0, frozen=MASKED, fixed=False, leak=lambda t: 0.0
+):
+    """What a recipe does, step by step; returns the latent weights after every step. ``n`` may be a function of the step."""
     weights, history, held = {k: v.detach().clone() for k, v in net.named_parameters()}, [], {}
     for t in range(steps):
         on = masks_at is not None and t >= masks_at
-        if on and fixed and not held:
-            held = {name: mask_by_sorting(weights[name], n, m) for name in MASKED}
+        kept = n(t) if callable(n) else n
+        if on and fixed and (not held or callable(n)):
+            held = {name: mask_by_sorting(weights[name], kept, m) for name in MASKED}
             weights |= {name: weights[name] * held[name] for name in MASKED}
         if t == freeze_at:
             update.freeze(frozen)
-        masks = held or {name: mask_by_sorting(weights[name], n, m) for name in MASKED}
-        seen = {k: w * masks[k] if on and k in masks else w for k, w in weights.items()}
+        masks = held or {name: mask_by_sorting(weights[name], kept, m) for name in MASKED}
+        strength = {name: mask + leak(t) * (1 - mask) for name, mask in masks.items()}
+        seen = {k: w * strength[k] if on and k in masks else w for k, w in weights.items()}
         grads = gradients_by_hand(seen, *make_batch(t))
         for name in MASKED if on else ():
             grads[name] = grads[name] * masks[name] if fixed else grads[name] + lam * (1 - masks[name]) * weights[name]
