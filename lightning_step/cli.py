@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_step.commands import COMMANDS, help_text, run_command
 from lightning_step.errors import LightningStepError
+from lightning_step.reports.command import REPORT_COMMANDS, run_report_command
 from lightning_step.version import __version__
 
 if TYPE_CHECKING:
@@ -45,10 +46,11 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"lightning-step {__version__}\n")
         return 0
     if arguments in (["--help"], ["-h"]):
-        sys.stdout.write(f"{help_text()}\n")
+        sys.stdout.write(f"{help_text(REPORT_COMMANDS)}\n")
         return 0
-    if arguments and arguments[0] in COMMANDS:
-        return run_command(arguments)
+    named = {**dict.fromkeys(COMMANDS, run_command), **dict.fromkeys(REPORT_COMMANDS, run_report_command)}
+    if arguments and arguments[0] in named:
+        return named[arguments[0]](arguments)
     if find_spec("jsonargparse") is None:
         sys.stderr.write("lightning-step needs jsonargparse for its command line: pip install 'lightning-step[cli]'\n")
         return 2
