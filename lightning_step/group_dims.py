@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_step.recurrent import is_recurrent_weight
 
-__all__ = ["group_dim", "groups_of_channels"]
+__all__ = ["group_dim", "groups_of_channels", "hf_conv1d"]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PROJECTIONS = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
@@ -41,7 +41,7 @@ def group_dim(module: nn.Module, attribute: str) -> int | None:
         return 1
     if attribute != "weight":
         return None
-    if isinstance(module, _TRANSPOSED) or _is_hf_conv1d(module):
+    if isinstance(module, _TRANSPOSED) or hf_conv1d(module):
         return 0
     return 1 if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) else None
 
@@ -62,6 +62,20 @@ def groups_of_channels(module: nn.Module) -> int:
     return int(module.groups) if isinstance(module, _TRANSPOSED) else 1
 
 
-def _is_hf_conv1d(module: nn.Module) -> bool:
+def hf_conv1d(module: nn.Module) -> type[nn.Module] | None:
+    """Hugging Face's ``Conv1D``, a Linear layer whose weight is stored as ``(in, out)``.
+
+    Args:
+        module: A layer.
+
+    Returns:
+        That class if the layer is one, or of a subclass; else None.
+
+    Example:
+        >>> hf_conv1d(nn.Linear(8, 4)) is None
+        True
+    """
     # By name, so that transformers need not be installed, let alone imported.
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+    return next(
+        (c for c in type(module).__mro__ if (c.__module__, c.__name__) == ("transformers.pytorch_utils", "Conv1D")), None
+    )

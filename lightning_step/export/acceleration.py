@@ -229,8 +229,8 @@ def _within_two_four(pattern: NMPattern) -> bool:
 
 def _torch_verdict(unfit: str, shape: tuple[int, ...], dtype: torch.dtype, layer: str, backend: Any) -> Verdict:
     if layer == "HF Conv1D":
-        return Verdict(False, "HF Conv1D keeps (in, out): its groups need a transposed copy in a Linear layer")
-    if layer != "linear":
+        shape = shape[::-1]  # packed as (out, in)
+    elif layer != "linear":
         return Verdict(False, f"torch packs the weights of Linear layers only, and this is a {layer}")
     reason = unfit or why_not_packed(shape, dtype, backend)
     return Verdict(not reason, reason)
@@ -266,7 +266,7 @@ def _guessed(name: str, entry: SparseTensor, dtype: torch.dtype) -> Acceleration
     """A file does not say what uses a tensor: what speaks against it is sure, what speaks for it depends on the layer."""
     flat = len(entry.shape) == 2
     guess = ("linear" if flat else "convolution") if entry.dim else ("HF Conv1D" if flat else "transposed convolution")
-    unless = "a Linear layer multiplies with it" if flat else "its convolution is not grouped"
+    unless = "a layer of this kind multiplies with it" if flat else "its convolution is not grouped"
     unsure = Verdict(None, f"yes, if {unless}; the file does not name its layers")
     row = judge(name, entry.shape, entry.pattern, entry.dim, dtype, guess)
     verdicts = {runtime: unsure if verdict.takes else verdict for runtime, verdict in row.verdicts.items()}

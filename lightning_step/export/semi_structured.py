@@ -9,21 +9,33 @@ Note [Limits of the backends]
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
+from torch.sparse import (
+    SparseSemiStructuredTensor,
+    SparseSemiStructuredTensorCUSPARSELT,
+    SparseSemiStructuredTensorCUTLASS,
+)
 
-from lightning_step.errors import ConfigurationError
+from lightning_step.errors import ArgumentTypeError, ConfigurationError
+from lightning_step.export.linear_weights import LinearWeight, linear_weights, shared_with, use_packed
 from lightning_step.functional import find_violation
-from lightning_step.naming import named_modules
 from lightning_step.parametrization import nm_masks
 from lightning_step.pattern import NMPattern
 
-__all__ = ["Packing", "SemiStructured", "active_backend", "choose_backend", "to_semi_structured", "why_not_packed"]
+__all__ = [
+    "Packing",
+    "SemiStructured",
+    "active_backend",
+    "choose_backend",
+    "to_semi_structured",
+    "why_no_search",
+    "why_not_packed",
+]
 
 Backend = Literal["cusparselt", "cutlass"]
 _TWO_FOUR = NMPattern(2, 4)
@@ -53,6 +65,7 @@ class Packing:
     shape: tuple[int, ...]
     dtype: torch.dtype
     reason: str  # why the layer stays dense; empty if it was packed
+    algorithm: int | None = None  # of cuSPARSELt, if one was searched for; None: torch's default
 
     @property
     def packed(self) -> bool:
@@ -64,12 +77,13 @@ class Packing:
         return not self.reason
 
     def __str__(self) -> str:
-        return f"{self.name} {self.shape} {str(self.dtype)[6:]}: {('dense, ' * bool(self.reason) + self.reason) or '2:4'}"
+        packed = "2:4" if self.algorithm is None else f"2:4, algorithm {self.algorithm}"
+        return f"{self.name} {self.shape} {str(self.dtype)[6:]}: {f'dense, {self.reason}' if self.reason else packed}"
 
 
 @dataclass(frozen=True)
 class SemiStructured:
-    """What became of every Linear layer.
+    """What became of every layer that multiplies as a Linear one.
 
     Example:
         >>> print(SemiStructured("cusparselt", (Packing("fc.weight", (4, 8), torch.float32, "float32"),)))
@@ -79,6 +93,7 @@ class SemiStructured:
 
     backend: Backend | None
     layers: tuple[Packing, ...]
+    no_search: str = ""  # why no algorithm was searched for, if one was to be
 
     @property
     def packed(self) -> int:
@@ -91,6 +106,7 @@ class SemiStructured:
 
     def __str__(self) -> str:
         head = f"{self.packed} of {len(self.layers)} Linear weights packed for {self.backend or 'no backend'}"
+        head += f" (no search: {self.no_search})" if self.no_search else ""
         return "\n  ".join([head, *map(str, self.layers)])
 
 
@@ -168,24 +184,48 @@ def why_not_packed(shape: tuple[int, ...], dtype: torch.dtype, backend: Backend)
     return ""
 
 
+def why_no_search(backend: Backend | None, tokens: int | None) -> str:
+    """Whether there is an algorithm to search for.
+
+    Args:
+        backend: The backend; None: there is none.
+        tokens: What was asked for.
+
+    Returns:
+        The reason why not, or an empty string if there is, or nobody asked.
+
+    Example:
+        >>> why_no_search("cusparselt", 512), why_no_search("cutlass", None)
+        ('', '')
+        >>> why_no_search("cutlass", 512)
+        'cutlass has one algorithm for a shape'
+    """
+    if tokens is None or backend == "cusparselt":
+        return ""
+    return "cutlass has one algorithm for a shape" if backend else "nothing is packed"
+
+
 @torch.no_grad()
-def to_semi_structured(model: nn.Module, dtype: torch.dtype | None = None) -> SemiStructured:
+def to_semi_structured(model: nn.Module, dtype: torch.dtype | None = None, search: int | None = None) -> SemiStructured:
     """Give every Linear layer that holds 2:4 a weight that sparse tensor cores multiply with, in place, for inference.
 
-    Nothing is pruned: each weight is verified first, and one that does not hold 2:4, or that the backend does not take,
-    stays dense; the table says why. Such a model no longer trains, and cannot be saved as safetensors: keep the file it
-    came from.
+    A Hugging Face ``Conv1D`` counts as one; its weight is transposed on the way. Nothing is pruned: each weight is verified
+    first, and one that does not hold 2:4, or that the backend does not take, stays dense; the table says why. Such a model
+    no longer trains, and cannot be saved as safetensors: keep the file it came from.
     Without a suitable device nothing is changed, and a warning says why.
 
     Args:
         model: Without masks, its zeros in the weights, already on its device.
         dtype: Cast the whole model to this one first, ``torch.float16`` or ``torch.bfloat16``. None: float32 stays dense.
+        search: Let cuSPARSELt try its algorithms on every packed weight with so many tokens (rows of the input: batch times
+            sequence) and keep the fastest. Takes about a second a layer. None: torch's default algorithm.
 
     Returns:
-        Backend and, for every Linear layer, whether it was packed or why not.
+        Backend and, for every such layer, whether it was packed or why not.
 
     Raises:
-        ConfigurationError: If the model still has masks, or ``dtype`` is another one.
+        ConfigurationError: If the model still has masks, ``dtype`` is another one, or ``search`` is below 1.
+        ArgumentTypeError: If ``search`` is no number of tokens.
 
     Example:
         >>> import pytest
@@ -194,75 +234,82 @@ def to_semi_structured(model: nn.Module, dtype: torch.dtype | None = None) -> Se
         0 of 1 Linear weights packed for no backend
           weight (64, 64) float32: dense, it is not on a CUDA device
     """
-    if dtype not in (None, torch.float16, torch.bfloat16):
-        raise ConfigurationError(f"Expected `dtype` to be None, torch.float16 or torch.bfloat16, but got {dtype!r}.")
-    if nm_masks(model):
-        raise ConfigurationError(
-            f"Expected a model without masks, but got one with {len(nm_masks(model))}. Call `strip(model)` first, or load a "
-            "file that was exported."
-        )
+    _check_arguments(model, dtype, search)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     backend, reason = active_backend(device)
     if backend is not None and dtype is not None:
         model.to(dtype)
-    found = list(_linear_weights(model))
-    strangers = _strangers(model, {id(weight) for _, _, weight in found})
-    done: dict[int, tuple[nn.Parameter | None, str]] = {}
+    no_search = why_no_search(backend, search)
+    found = linear_weights(model)
+    others = shared_with(model, found)
+    done: dict[int, tuple[nn.Parameter | None, str, int | None]] = {}
     rows = []
-    for name, module, weight in found:
-        if id(weight) not in done:
-            done[id(weight)] = _packed(weight, backend, reason, strangers.get(id(weight)))
-        parameter, why = done[id(weight)]
+    for weight in found:
+        key = id(weight.parameter)
+        if key not in done:
+            tokens = None if no_search else search
+            done[key] = _packed(weight, backend, reason, others.get(key), tokens)
+        parameter, why, algorithm = done[key]
         if parameter is not None:
-            module.weight = parameter
-        rows.append(Packing(name, tuple(weight.shape), weight.dtype, why))
-    result = SemiStructured(backend, tuple(rows))
+            use_packed(weight, parameter)
+        rows.append(Packing(weight.name, tuple(weight.parameter.shape), weight.parameter.dtype, why, algorithm))
+    result = SemiStructured(backend, tuple(rows), no_search)
     if not result.packed:
         first = rows[0].reason if rows else "the model has no Linear layer"
         warnings.warn(f"Expected to accelerate a layer, but got none that can be: {first}. All stay dense.", stacklevel=2)
     return result
 
 
-def _linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Linear, nn.Parameter]]:
-    for name, module in named_modules(model):
-        # A subclass that multiplies in a way of its own may not know such a weight.
-        weight = module._parameters.get("weight")
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and weight is not None:
-            yield f"{name}.weight" if name else "weight", module, weight
-
-
-def _strangers(model: nn.Module, weights: set[int]) -> dict[int, str]:
-    """Who else uses a weight: an embedding tied to the output layer has to stay what it is."""
-    return {
-        id(parameter): f"{name}.{attribute}"
-        for name, module in named_modules(model)
-        for attribute, parameter in module._parameters.items()
-        if parameter is not None
-        and id(parameter) in weights
-        and not (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and attribute == "weight")
-    }
+def _check_arguments(model: nn.Module, dtype: torch.dtype | None, search: int | None) -> None:
+    if dtype not in (None, torch.float16, torch.bfloat16):
+        raise ConfigurationError(f"Expected `dtype` to be None, torch.float16 or torch.bfloat16, but got {dtype!r}.")
+    if search is not None and (isinstance(search, bool) or not isinstance(search, int)):
+        raise ArgumentTypeError(f"Expected `search` to be a number of tokens to tune for, or None, but got {search!r}.")
+    if search is not None and search < 1:
+        raise ConfigurationError(f"Expected `search` >= 1 (tokens to tune for), but got {search}.")
+    if nm_masks(model):
+        raise ConfigurationError(
+            f"Expected a model without masks, but got one with {len(nm_masks(model))}. Call `strip(model)` first, or load a "
+            "file that was exported."
+        )
 
 
 def _packed(
-    weight: nn.Parameter, backend: Backend | None, reason: str, stranger: str | None
-) -> tuple[nn.Parameter | None, str]:
+    weight: LinearWeight, backend: Backend | None, reason: str, other: str | None, tokens: int | None
+) -> tuple[nn.Parameter | None, str, int | None]:
+    """What to multiply with, or why it stays dense; and the algorithm that was found to be the fastest."""
     if backend is None:
-        return None, reason
-    why = f"it is shared with {stranger!r}" if stranger else why_not_packed(tuple(weight.shape), weight.dtype, backend)
-    why = why or _why_not_two_four(weight)
+        return None, reason, None
+    if isinstance(weight.parameter, SparseSemiStructuredTensor):
+        return None, "it is packed already", None
+    rows = weight.rows
+    why = f"it is shared with {other!r}" if other else why_not_packed(tuple(rows.shape), rows.dtype, backend)
+    why = why or _why_not_two_four(rows)
     if why:
-        return None, why
+        return None, why, None
     packed_class: Any = (
         SparseSemiStructuredTensorCUSPARSELT if backend == "cusparselt" else SparseSemiStructuredTensorCUTLASS
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The PyTorch API of SparseSemiStructuredTensor", category=UserWarning)
         try:
-            return nn.Parameter(packed_class.from_dense(weight.detach().contiguous()), requires_grad=False), ""
+            packed = packed_class.from_dense(rows.contiguous())
+            algorithm = None if tokens is None else _fastest(packed, tokens)
+            if algorithm is not None:
+                packed.alg_id_cusparselt = algorithm
+            return nn.Parameter(packed, requires_grad=False), "", algorithm
         except (RuntimeError, NotImplementedError) as error:
-            return None, f"{backend} refused it ({str(error).splitlines()[0]})"
+            return None, f"{backend} refused it ({str(error).splitlines()[0]})", None
+
+
+def _fastest(packed: Any, tokens: int) -> int:
+    """The algorithm cuSPARSELt finds the fastest, for the very product that a Linear layer makes of the packed weight."""
+    least = packed._DTYPE_SHAPE_CONSTRAINTS[packed.dtype].dense_min_rows
+    padded = -(-tokens // least) * least  # torch pads to this as well
+    x = torch.zeros(padded, packed.shape[1], dtype=packed.dtype, device=packed.device)
+    return int(torch._cslt_sparse_mm_search(packed.packed, x.t(), transpose_result=True))
 
 
 def _why_not_two_four(weight: Tensor) -> str:
-    bad = find_violation(weight.detach(), _TWO_FOUR, 1)
+    bad = find_violation(weight, _TWO_FOUR, 1)
     return "" if bad is None else f"it does not hold 2:4: {bad.nonzeros} non-zero weights in group {bad.index}"

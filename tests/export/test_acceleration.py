@@ -31,7 +31,9 @@ class Own(nn.Linear):
         (nn.Conv2d(64, 64, 3), (2, 4), torch.float16, (False, False, True), "Linear layers only"),
         (nn.Conv2d(64, 64, 3, groups=2), (2, 4), torch.float16, (False, False, False), "a grouped convolution never"),
         (nn.ConvTranspose2d(64, 64, 3), (2, 4), torch.float16, (False, False, None), "transposed convolution"),
-        (Conv1D(64, 64), (2, 4), torch.float16, (False, False, True), "transposed copy"),
+        (Conv1D(64, 64), (2, 4), torch.float16, (True, True, True), ""),
+        (Conv1D(32, 64), (2, 4), torch.float16, (True, True, True), ""),  # packed as (out, in) = (32, 64)
+        (Conv1D(64, 32), (2, 4), torch.float16, (True, False, True), "cutlass needs multiples of 32x64"),
         (nn.LSTM(64, 64), (2, 4), torch.float16, (False, False, None), "nothing is documented of a LSTM"),
         (Own(64, 64), (2, 4), torch.float16, (False, False, None), "this is a Own"),
     ],
@@ -71,7 +73,7 @@ def test_the_short_form_counts_and_the_table_numbers_its_reasons():
     [
         ((64, 64), 1, (2, 4), "linear?", (None, None, None)),
         ((64, 72), 1, (2, 4), "linear?", (False, False, None)),  # what speaks against it is sure
-        ((64, 64), 0, (2, 4), "HF Conv1D?", (False, False, None)),
+        ((64, 64), 0, (2, 4), "HF Conv1D?", (None, None, None)),
         ((64, 64, 3, 3), 1, (2, 4), "convolution?", (False, False, None)),
         ((64, 64, 3, 3), 1, (3, 8), "convolution?", (False, False, False)),
         ((64, 64, 3), 0, (2, 4), "transposed convolution?", (False, False, None)),

@@ -1,5 +1,6 @@
 """Which layers sparse tensor cores would run, decided without one; on a CPU the model stays as it is, and it is said why."""
 
+import copy
 import inspect
 
 import pytest
@@ -9,10 +10,11 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructu
 from transformers.pytorch_utils import Conv1D
 
 from lightning_step import NMPattern, apply_nm_masks, strip
-from lightning_step.errors import ConfigurationError
+from lightning_step.errors import ArgumentTypeError, ConfigurationError
 from lightning_step.export import semi_structured as module
 from lightning_step.export import to_semi_structured
-from lightning_step.export.semi_structured import choose_backend, why_not_packed
+from lightning_step.export.linear_weights import linear_weights, shared_with, use_packed
+from lightning_step.export.semi_structured import choose_backend, why_no_search, why_not_packed
 
 CLASSES = {"cusparselt": SparseSemiStructuredTensorCUSPARSELT, "cutlass": SparseSemiStructuredTensorCUTLASS}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64]
@@ -107,8 +109,8 @@ def test_on_a_cpu_the_model_stays_dense_and_every_layer_says_why():
         result = to_semi_structured(model, torch.float16)
     assert (result.backend, result.packed) == (None, 0)
     assert {layer.reason for layer in result.layers} == {"it is not on a CUDA device"}
-    assert [layer.name for layer in result.layers] == [f"{n}.weight" for n in ("good", "dense", "odd", "head", "twin")]
-    assert str(result).splitlines()[0] == "0 of 5 Linear weights packed for no backend"
+    assert [layer.name for layer in result.layers] == [f"{n}.weight" for n in ("good", "dense", "odd", "head", "twin", "hf")]
+    assert str(result).splitlines()[0] == "0 of 6 Linear weights packed for no backend"
     assert all(tensor.dtype == torch.bfloat16 for tensor in model.state_dict().values())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -131,15 +133,21 @@ def test_each_layer_is_packed_or_stays_dense_with_its_reason():
         "odd.weight": "cutlass needs multiples of 32x64 for bfloat16",
         "head.weight": "it is shared with 'embedding.weight'",
         "twin.weight": "",
+        "hf.weight": "",
     }
-    assert result.packed == 2
+    assert result.packed == 3
     assert isinstance(model.good.weight, SparseSemiStructuredTensorCUTLASS)
     assert model.good.weight is model.twin.weight
     assert not model.good.weight.requires_grad
     packed, meta = model.good.weight.packed, model.good.weight.meta
     back = torch.sparse._semi_structured_conversions.sparse_semi_structured_to_dense_cutlass(packed, meta)
     assert torch.equal(back, plain["good.weight"]), "a weight was lost"
-    assert all(torch.equal(model.state_dict()[name], plain[name]) for name in ("dense.weight", "odd.weight", "hf.weight"))
+    assert all(torch.equal(model.state_dict()[name], plain[name]) for name in ("dense.weight", "odd.weight"))
+    back = torch.sparse._semi_structured_conversions.sparse_semi_structured_to_dense_cutlass(
+        model.hf.weight.packed, model.hf.weight.meta
+    )
+    assert torch.equal(back, plain["hf.weight"].t())
+    assert isinstance(model.hf, Conv1D)
 
 
 @pytest.mark.usefixtures("as_if_cutlass")
@@ -149,7 +157,7 @@ def test_float32_stays_dense_unless_a_cast_is_asked_for():
         assert to_semi_structured(model).packed == 0
     assert model.good.weight.dtype == torch.float32
     result = to_semi_structured(model, torch.bfloat16)
-    assert result.packed == 2
+    assert result.packed == 3
     assert {model.good.weight.dtype, model.good.bias.dtype, model.dense.weight.dtype} == {torch.bfloat16}
 
 
@@ -196,3 +204,127 @@ def test_a_model_with_masks_and_another_dtype_are_refused():
 
 def test_nothing_of_torchao_is_needed():
     assert "torchao" not in inspect.getsource(module)
+
+
+class Gpt(nn.Module):
+    """Two layers of GPT-2's kind that share one weight, and one that multiplies in a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.own = Conv1D(32, 64), Conv1D(32, 64), OwnConv1D(64, 64)
+        apply_nm_masks(self, NMPattern(2, 4))
+        strip(self)
+        self.two.weight = self.one.weight
+        nn.init.normal_(self.one.bias)
+
+
+class OwnConv1D(Conv1D):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_conv1d_computes_the_same_with_its_weight_turned():
+    model, x = Gpt(), torch.randn(2, 3, 64)
+    expected = model.one(x), model.two(x)
+    found = linear_weights(model)
+    assert [(each.name, each.transposed) for each in found] == [("one.weight", True), ("two.weight", True)]
+    assert shared_with(model, found) == {}
+    turned = nn.Parameter(found[0].rows.contiguous())
+    for each in found:
+        use_packed(each, turned)
+    assert model.one.weight.shape == (32, 64)
+    for layer, before in zip((model.one, model.two), expected, strict=True):
+        torch.testing.assert_close(layer(x), before)
+        torch.testing.assert_close(copy.deepcopy(layer)(x), before)
+    assert type(model.one) is type(model.two), "one class for all, so that compiled graphs are shared"
+    assert linear_weights(model) == [], "it is not turned twice"
+
+
+@pytest.mark.usefixtures("as_if_cutlass")
+def test_what_is_packed_already_stays_as_it_is():
+    model = Mixed()
+    to_semi_structured(model)
+    weight = model.good.weight
+    with pytest.warns(UserWarning, match="but got none that can be: it is packed already"):
+        assert to_semi_structured(model).packed == 0
+    assert model.good.weight is weight
+
+
+@pytest.mark.usefixtures("as_if_cutlass")
+def test_a_weight_shared_in_both_orientations_stays_dense():
+    model = nn.ModuleDict({"linear": nn.Linear(64, 64), "conv": Conv1D(64, 64)}).bfloat16()
+    apply_nm_masks(model["linear"], NMPattern(2, 4))
+    strip(model["linear"])
+    model["conv"].weight = model["linear"].weight
+    with pytest.warns(UserWarning, match="it is shared with 'conv.weight'"):
+        assert to_semi_structured(model).packed == 0
+
+
+@pytest.mark.parametrize(
+    ("backend", "tokens", "reason"),
+    [
+        (None, None, ""),
+        ("cusparselt", None, ""),
+        ("cutlass", None, ""),
+        ("cusparselt", 1, ""),
+        ("cutlass", 512, "cutlass has one algorithm for a shape"),
+        (None, 512, "nothing is packed"),
+    ],
+)
+def test_a_search_says_why_there_is_none(backend, tokens, reason):
+    assert why_no_search(backend, tokens) == reason
+
+
+def test_on_a_cpu_a_search_explains_itself():
+    with pytest.warns(UserWarning, match="it is not on a CUDA device"):
+        result = to_semi_structured(nn.Linear(64, 64), search=512)
+    assert str(result).splitlines()[0] == "0 of 1 Linear weights packed for no backend (no search: nothing is packed)"
+
+
+@pytest.mark.usefixtures("as_if_cutlass")
+def test_cutlass_packs_and_says_that_there_is_nothing_to_search():
+    result = to_semi_structured(Mixed(), search=512)
+    assert (result.packed, result.no_search) == (3, "cutlass has one algorithm for a shape")
+    assert {layer.algorithm for layer in result.layers} == {None}
+
+
+def test_cusparselt_is_asked_for_the_product_of_a_linear_layer_and_the_answer_is_kept(monkeypatch):
+    """What needs the device is replaced by what it was asked: the search, and the packing itself."""
+    asked = []
+
+    def search(packed, dense, transpose_result):
+        asked.append((tuple(packed.shape), tuple(dense.shape), dense.stride(), dense.dtype, transpose_result))
+        return 3 + len(asked)
+
+    monkeypatch.setattr(module, "active_backend", lambda device: ("cusparselt", ""))
+    monkeypatch.setattr(SparseSemiStructuredTensorCUSPARSELT, "_validate_device_dim_dtype_shape", lambda weight: None)
+    monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight[:, : weight.shape[1] * 9 // 16])
+    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", search)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16), nn.Linear(16, 16)).bfloat16()
+    apply_nm_masks(model, NMPattern(2, 4), exclude=["2"])
+    strip(model)
+    model.append(nn.Linear(64, 32))
+    model[3].weight = model[0].weight  # asked once
+    result = to_semi_structured(model, search=13)
+    # 13 tokens are padded to 16, as torch pads the input; it comes in as the transpose of rows.
+    assert asked == [
+        ((32, 36), (64, 16), (1, 64), torch.bfloat16, True),
+        ((16, 18), (32, 16), (1, 32), torch.bfloat16, True),
+    ]
+    assert [layer.algorithm for layer in result.layers] == [4, 5, None, 4]
+    assert [getattr(model[i].weight, "alg_id_cusparselt", None) for i in range(4)] == [4, 5, None, 4]
+    assert str(result.layers[0]) == "0.weight (32, 64) bfloat16: 2:4, algorithm 4"
+
+
+@pytest.mark.parametrize(
+    ("search", "error", "message"),
+    [
+        (True, ArgumentTypeError, "to be a number of tokens to tune for, or None, but got True"),
+        (1.5, ArgumentTypeError, "to be a number of tokens"),
+        (0, ConfigurationError, "Expected `search` >= 1"),
+    ],
+)
+def test_a_search_for_no_number_of_tokens_is_refused(search, error, message):
+    with pytest.raises(error, match=message):
+        to_semi_structured(nn.Linear(64, 64), search=search)

@@ -79,6 +79,34 @@ def test_outputs_equal_those_of_the_dense_layer(
         assert close(packed(x), dense(x)), batch
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_the_algorithm_that_was_searched_for_gives_the_same(dtype: torch.dtype, bias: bool, backend: str) -> None:
+    dense = two_four(768, 3072, dtype, bias)
+    packed = copy.deepcopy(dense)
+    [layer] = to_semi_structured(packed, search=100).layers
+    assert layer.packed
+    assert (layer.algorithm is not None) == (backend == "cusparselt")
+    for tokens in (100, 1, 4096):
+        x = torch.randn(tokens, 3072, device="cuda", dtype=dtype)
+        assert close(packed(x), dense(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_a_hugging_face_conv1d_is_packed(dtype: torch.dtype) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    dense = Conv1D(256, 128).to("cuda", dtype)  # (in, out) = (128, 256)
+    apply_nm_masks(dense, NMPattern(2, 4))
+    strip(dense)
+    packed = copy.deepcopy(dense)
+    assert to_semi_structured(packed).packed == 1
+    x = torch.randn(2, 5, 128, device="cuda", dtype=dtype)
+    assert close(packed(x), dense(x))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
 def test_no_weight_is_lost(dtype: torch.dtype) -> None:
