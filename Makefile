@@ -45,10 +45,11 @@ gpu: ## the checks that need a CUDA device, with the Python and torch that are t
 coverage: $(VENV)/.ready ## branch coverage of the package
 	@$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered
 
-# The notice that is turned off is about another major version of mkdocs than the one pinned.
+# Not --quiet, under which mkdocs overlooks warnings even if it is strict. The notice that is turned off is about another
+# major version of mkdocs than the one pinned.
 .PHONY: docs
 docs: $(VENV)/.ready ## the documentation site, in build/site (open index.html there)
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "built build/site/index.html"
 
 .PHONY: docs-serve

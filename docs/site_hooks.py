@@ -106,6 +106,9 @@ class Docstrings(griffe.Extension):
         """Called for everything that was read."""
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)
+        elif obj.is_attribute and obj.parent is not None and obj.name in (obj.parent.exports or ()):
+            # mkdocstrings leaves out what has none; a public constant is to be listed all the same.
+            obj.docstring = griffe.Docstring("A constant.", parent=obj)
 
 
 def as_markdown(docstring: str) -> str:

@@ -12,6 +12,7 @@ import inspect
 import io
 import json
 import logging
+import pydoc
 import re
 import shlex
 import sys
@@ -164,7 +165,7 @@ def run_ours(words: list[str]) -> None:
     arguments = words[1:]
     if arguments and arguments[0] in LIGHTNING_COMMANDS:
         arguments += ["--trainer.accelerator=cpu", "--trainer.limit_val_batches=1"]
-        arguments += ["--trainer.max_steps=12"] if arguments[0] == "fit" else []
+        arguments += ["--trainer.max_steps=6"] if arguments[0] == "fit" else []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # LightningCLI 2.6 calls what newer jsonargparse deprecates
         try:
@@ -339,9 +340,7 @@ def check_expression(code: str) -> None:
             signature = inspect.signature(known[node.func.id])
             signature.bind_partial(*node.args, **{keyword.arg: None for keyword in node.keywords if keyword.arg})
     if re.fullmatch(r"lightning_step(\.\w+)+", code):
-        value = lightning_step
-        for part in code.split(".")[1:]:
-            value = getattr(value, part)
+        assert pydoc.locate(code) is not None, code
 
 
 # --- The checks can fail ----------------------------------------------------------------------------------------------
@@ -358,7 +357,7 @@ def check_expression(code: str) -> None:
         ("lightning-step nothing FILE", AssertionError),
         ("lightning-step convert FILE --into dense", AssertionError),
         ("STEP(nothing=3)", TypeError),
-        ("lightning_step.nothing", AttributeError),
+        ("lightning_step.nothing", AssertionError),
     ],
 )
 def test_what_does_not_exist_is_found(code: str, error: type[Exception], tmp_path: Path) -> None:

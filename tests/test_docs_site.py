@@ -28,7 +28,7 @@ PUBLIC = re.search(r"^PUBLIC = (.*)$", (ROOT / "tests" / "test_architecture.py")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site as `make docs` builds it."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -63,7 +63,7 @@ def ids(text: str) -> set[str]:
 
 
 def test_the_make_target_builds_what_is_tested_here() -> None:
-    assert "-m mkdocs build --strict --quiet\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "-m mkdocs build --strict\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def test_every_module_that_people_import_from_is_in_the_reference() -> None:
