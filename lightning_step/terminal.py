@@ -1,4 +1,4 @@
-"""How tables and lines reach a user: by rich and beside the progress bar at a terminal, as plain text in every log.
+"""How tables and lines reach a user: by rich and above the progress bar at a terminal, as plain text in every log.
 
 Note [Who writes]
     All of it is logged, as plain text. Only where a handler would write that to a terminal, something better is shown in its
@@ -36,19 +36,17 @@ def show(sheet: Sheet, log: logging.Logger) -> None:
     _log(str(sheet), log, None if console is None else lambda: _print(sheet, console))
 
 
-def tell(line: str, log: logging.Logger, write: Callable[[str], Any] | None = None) -> None:
-    """Log a line; at a terminal, have it written by somebody who knows what else is there. See Note [Who writes].
+def tell(line: str, log: logging.Logger) -> None:
+    """Log a line; at a terminal with a progress bar, have it written above that. See Note [Who writes].
 
     Args:
         line: The line.
         log: The logger.
-        write: Writes beside a progress bar; None: there is none that would have to know.
 
     Example:
         >>> tell("optimizer step 5: masks on", logging.getLogger("example"))
     """
-    if write is None and _is_live():
-        write = _print_line
+    write = _above_bars()
     _log(line, log, None if write is None else lambda: write(line))
 
 
@@ -97,13 +95,17 @@ def _spared(handlers: list[logging.Handler], text: str) -> Iterator[None]:
             handler.removeFilter(passes)
 
 
-def _is_live() -> bool:
-    """Whether rich redraws the last lines of the terminal, and has put a file of its own in the place of stdout for that."""
+def _above_bars() -> Callable[[str], Any] | None:
+    """Who can write a line without breaking what is redrawn at the end of the terminal; nobody has to if nothing is."""
     try:
         from rich.file_proxy import FileProxy
     except ImportError:
-        return False
-    return isinstance(sys.stdout, FileProxy)
+        pass
+    else:
+        if isinstance(sys.stdout, FileProxy):  # what rich puts in the place of stdout while it redraws
+            return _print_line
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    return tqdm.write if tqdm is not None and len(getattr(tqdm, "_instances", ())) else None
 
 
 def _print_line(line: str) -> None:

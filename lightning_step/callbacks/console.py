@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import lightning.pytorch as pl
 import torch
@@ -38,7 +37,6 @@ class Console:
         self._silent = True  # until the start table is there, a switch at step 0 is kept for below it
         self._sparsifiers: Sequence[Sparsifier] = ()
         self._progress = Progress((), 1)
-        self._write: Callable[[str], Any] | None = None  # beside a progress bar, while there is one
         self._outcome: Sheet | None = None
 
     def prepare(self, verbose: bool) -> None:
@@ -47,7 +45,7 @@ class Console:
         Args:
             verbose: False: only the progress bar is kept up to date.
         """
-        self._verbose, self._silent, self._outcome, self._write = verbose, True, None, None
+        self._verbose, self._silent, self._outcome = verbose, True, None
 
     def begin(
         self, pl_module: pl.LightningModule, recipe: Recipe, sparsifiers: Sequence[Sparsifier], read_every: int
@@ -73,15 +71,6 @@ class Console:
             for line in (*sparsifier.notes, *sparsifier.events):
                 self._say(f"lightning-step, {line}")
 
-    def start(self, trainer: pl.Trainer) -> None:
-        """Training starts. From now on there may be a progress bar to write beside.
-
-        Args:
-            trainer: The trainer.
-        """
-        bar = trainer.progress_bar_callback
-        self._write = bar.print if bar is not None and getattr(bar, "is_enabled", False) else None
-
     def event(self, event: SwitchEvent) -> None:
         """Something switches.
 
@@ -100,7 +89,6 @@ class Console:
 
     def finish(self) -> None:
         """Training ends as it should. Counts what it left, while that is still on the device."""
-        self._write = None
         if self._verbose and self._sparsifiers:
             self._outcome = sheet_of_outcome(self._sparsifiers)
 
@@ -117,7 +105,7 @@ class Console:
 
     def _say(self, line: str) -> None:
         if not self._silent:
-            say(line, self._write)
+            say(line)
 
 
 def _exports(trainer: pl.Trainer) -> Iterator[str]:
@@ -140,17 +128,16 @@ def present(sheet: Sheet) -> None:
 
 
 @rank_zero_only
-def say(line: str, write: Callable[[str], Any] | None = None) -> None:
+def say(line: str) -> None:
     """Say something on rank 0.
 
     Args:
         line: What to say.
-        write: Writes beside a progress bar that would have to know.
 
     Example:
         >>> say("lightning-step, wrote out/model.safetensors")
     """
-    tell(line, _log(), write)
+    tell(line, _log())
 
 
 def _log() -> logging.Logger:

@@ -158,7 +158,6 @@ class STEPSparsityCallback(pl.Callback):
         """Called when everything is restored. Makes sure that the optimizer came back together with the phase."""
         for sparsifier in self.sparsifiers:
             sparsifier.check_restored()
-        self._console.start(trainer)
         self._monitor.start(steps_logged(trainer, in_batch=False))
 
     @override
