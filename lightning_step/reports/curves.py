@@ -76,13 +76,14 @@ def draw_lines(lines: Sequence[Line], ylabel: str, size: tuple[float, float] = (
     return figure
 
 
-def draw_loss(lines: Sequence[Line], marks: Sequence[Mark], end: int) -> Figure:
+def draw_loss(lines: Sequence[Line], marks: Sequence[Mark], end: int, size: tuple[float, float] = (11.0, 3.6)) -> Figure:
     """Loss over time, the second phase shaded.
 
     Args:
         lines: Training and validation.
         marks: Where masks began and where v froze.
         end: The last step.
+        size: Width and height in inches.
 
     Returns:
         The figure.
@@ -93,7 +94,7 @@ def draw_loss(lines: Sequence[Line], marks: Sequence[Mark], end: int) -> Figure:
         >>> [text.get_text() for text in axes.texts]
         ['masks on, step 10']
     """
-    figure = draw_lines(lines, "loss", (11, 3.6))
+    figure = draw_lines(lines, "loss", size)
     [axes] = figure.axes
     for i, mark in enumerate(marks):
         shaded = mark.what == "masks on"
@@ -168,4 +169,6 @@ def _choose_scale(axes: Axes, values: Sequence[float]) -> None:
     finite = [value for value in values if math.isfinite(value)]
     if finite and min(finite) > 0 and max(finite) > 100 * min(finite):
         axes.set_yscale("log")
+    elif finite and not any(finite):
+        axes.set_ylim(0, 1)
     axes.tick_params(colors=INK, which="both")

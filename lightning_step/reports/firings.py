@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from statistics import mode
 from typing import Any, NamedTuple
 
@@ -86,6 +87,8 @@ def setting_of(group: MaskedGroup, beta2: float | None = None) -> Setting:
         source = f"β2 = {beta2:g}, as given"
     elif said is not None and said > 1 and switch.get("window") is None:
         beta2, source = 1 - 1 / said, f"T_w = {said}, as the switch says"
+    elif (logged := _beta2_of(run.folder)) is not None:
+        beta2, source = logged, f"β2 = {logged:g}, as hparams.yaml says"
     else:
         beta2, source = ADAM_BETA2, f"β2 = {ADAM_BETA2:g}, Adam's default, because the run does not say another (--beta2)"
     steps = max((s for file in run.files if isinstance(s := file.info.get("steps"), int)), default=run.last_step)
@@ -159,6 +162,18 @@ def _switch(group: MaskedGroup) -> Mapping[str, Any]:
     """The AutoSwitch of the recipe, as an exported file describes it."""
     switch = recipe_of(group.run).get("switch")
     return switch if isinstance(switch, Mapping) and switch.get("type") == "AutoSwitch" else {}
+
+
+def _beta2_of(folder: Path) -> float | None:
+    """From the hyperparameters that Lightning keeps beside the events; read as text, because YAML may ask for classes."""
+    try:
+        text = (folder / "hparams.yaml").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    number = r"([\d.]+(?:e-?\d+)?)"
+    found = re.search(rf"^(?:\w*beta2|betas:[^\n]*\n\s*- {number}\n\s*-):? {number}$", text, re.MULTILINE)
+    value = float(found[2]) if found and re.fullmatch(r"\d*\.\d+(e-?\d+)?", found[2]) else None
+    return value if value is not None and 0 < value < 1 else None
 
 
 def _limits(t_min: float, t_max: float, setting: Setting, known: int) -> Limits:

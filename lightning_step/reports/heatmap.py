@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from lightning_step.figures import Curve, blank_figure
-from lightning_step.reports.drawing import INK, MUTED, label
+from lightning_step.reports.drawing import INK, label
 from lightning_step.reports.groups import Mark
 
 if TYPE_CHECKING:
@@ -49,17 +49,16 @@ def draw_layers(curves: Mapping[str, Curve], what: str, marks: Sequence[Mark] = 
     positive = finite[finite > 0]
     wide = len(positive) > 0 and finite.min() >= 0 and positive.max() > 30 * positive.min()
     norm = LogNorm(positive.min(), positive.max()) if wide else None
-    seen = np.ma.masked_invalid(cells)
-    mesh = axes.pcolormesh(
-        edges, np.arange(len(shown) + 1), seen, cmap="viridis", norm=norm, rasterized=True, linewidth=0, shading="flat"
-    )
+    seen = np.ma.masked_invalid(np.maximum(cells, positive.min()) if wide else cells)  # no logarithm of 0
+    mesh = axes.pcolormesh(edges, np.arange(len(shown) + 1), seen, cmap="viridis", norm=norm, rasterized=True, linewidth=0)
     bar = figure.colorbar(mesh, ax=axes, pad=0.06, aspect=max(10, 2 * len(shown)), fraction=0.03)
-    bar.set_label(f"{what}{' (log)' if wide else ''}", color=INK)
+    bar.set_label(f"{what}{', 0 as the lowest' if wide else ''}", color=INK)
     bar.ax.tick_params(colors=INK, labelsize=8, which="both")
     bar.outline.set_visible(False)
     _name_rows(axes, [*shown], cells)
     for mark in marks:
         axes.axvline(mark.step, color="#ffffff", linewidth=1.5, linestyle="-" if mark.what == "masks on" else ":")
+    axes.set_xlim(edges[0], edges[-1])  # a mark may lie before all that was logged
     return figure
 
 
@@ -72,7 +71,6 @@ def _name_rows(axes: Axes, names: Sequence[str], cells: Array) -> None:
     for each in (axes, right):
         each.tick_params(colors=INK, length=0)
     axes.set_xlabel("step", color=INK)
-    axes.set_facecolor(MUTED)  # where nothing was logged
     axes.spines[:].set_visible(False)
     right.spines[:].set_visible(False)
 

@@ -44,7 +44,7 @@ th, td {{ padding: .35rem .75rem .35rem 0; text-align: left; vertical-align: top
   max-width: 26rem; overflow-wrap: break-word; }}
 th {{ color: var(--muted); font-weight: 600; white-space: nowrap; }} td.number {{ text-align: right; }}
 th.number {{ text-align: right; }}
-.name {{ min-width: 6rem; max-width: 12rem; }}
+.whole {{ white-space: nowrap; }} .wide {{ min-width: 11rem; overflow-wrap: anywhere; }}
 figure {{ margin: .75rem 0 1rem; }} figure svg {{ display: block; width: 100%; height: auto; }}
 svg * {{ stroke-linejoin: round; stroke-linecap: butt; }} svg text {{ fill: var(--ink); }}
 svg image {{ image-rendering: pixelated; }}

@@ -109,20 +109,21 @@ def _switch(run: Run, beta2: float | None) -> list[Block]:
 
 
 def _losses(runs: Sequence[Run], tags: Sequence[str]) -> list[Block]:
-    blocks: list[Block] = []
+    pictures, without = [], []
+    size = (11.0, 3.6) if len(runs) == 1 else (5.5, 3.4)
     for run in runs:
-        curves = loss_curves(run, tags)
         marks = [mark for group in masked_groups(run) for mark in group.marks]
         lines = [
             Line(tag, curve, COLOURS[i % len(COLOURS)], *((2.0, "o-") if is_validation(tag) else (1.0, "-")))
-            for i, (tag, curve) in enumerate(curves.items())
+            for i, (tag, curve) in enumerate(loss_curves(run, tags).items())
         ]
         if lines:
-            caption = "Shaded: masks are on." if marks else ""
-            blocks.append(Picture(_slug("loss", run.name), run.name, draw_loss(lines, marks, run.last_step), caption))
+            drawn = draw_loss(lines, marks, run.last_step, size)
+            pictures.append(Picture(_slug("loss", run.name), run.name, drawn, "Shaded: masks are on." if marks else ""))
         else:
-            blocks.append(paragraph(f"{run.name} logged no scalar with “loss” in its name; --loss TAG names one."))
-    return [loss_table(runs, tags), *blocks]
+            without.append(paragraph(f"{run.name} logged no scalar with “loss” in its name; --loss TAG names one."))
+    shown: list[Block] = [pictures] if pictures and len(runs) > 1 else [*pictures]
+    return [loss_table(runs, tags), *shown, *without]
 
 
 def _of_groups(runs: Sequence[Run], names: dict[str, str], nothing: str) -> list[Block]:

@@ -40,9 +40,11 @@ def draw_patterns(results: Sequence[Result]) -> Figure:
     cells = best_cells(plain, lambda result: (result.recipe, result.pattern))
     patterns = _patterns(plain)
     figure, axes = _axes("n:m, weights kept of a group")
-    for i, recipe in enumerate(dict.fromkeys(recipe for recipe, pattern in cells if pattern)):
+    recipes = list(dict.fromkeys(recipe for recipe, pattern in cells if pattern))
+    for i, recipe in enumerate(recipes):
+        aside = 0.04 * (i - (len(recipes) - 1) / 2)  # or equal values would hide each other
         own = {patterns.index(p): cell for (name, p), cell in cells.items() if name == recipe and p}
-        _points(axes, {x + 0.04 * i: cell for x, cell in own.items()}, recipe, COLOURS[i % len(COLOURS)])
+        _points(axes, {x + aside: cell for x, cell in own.items()}, recipe, COLOURS[i % len(COLOURS)])
     _across(axes, plain)
     axes.set_xticks(range(len(patterns)), [str(pattern) for pattern in patterns])
     return _finished(figure, cells.values())
@@ -131,16 +133,21 @@ def draw_losses(results: Sequence[Result]) -> Figure:
     timed = [result for result in results if result.losses.steps and result.change is None and result.switch is None]
     if not timed:
         raise ConfigurationError("Expected results with `losses`, [step, loss] pairs over time, but got none.")
-    cells = best_cells(timed, lambda r: (r.optimizer, f"{r.recipe} {r.pattern}" if r.pattern else r.recipe))
-    panels, names = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    cells = best_cells(timed, lambda result: (result.optimizer, result.recipe, result.pattern))
+    panels = list(dict.fromkeys(optimizer for optimizer, _, _ in cells))
+    recipes = list(dict.fromkeys(recipe for _, recipe, pattern in cells if pattern))
+    patterns = _patterns(timed) if recipes else []
     figure = blank_figure(max(5.0 * len(panels), 8), 4.2)
     for panel, axes in zip(panels, figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], strict=True):
         dress(axes, "validation loss" if panel == panels[0] else "")
         axes.set_title(label(panel), color=INK)
-        for (optimizer, name), cell in cells.items():
-            if optimizer == panel:
-                i = names.index(name)
-                draw_curve(axes, _mean_curve(cell), name, COLOURS[i % len(COLOURS)], 1.6, ("-", "--", ":")[i // 8 % 3])
+        for (optimizer, recipe, pattern), cell in cells.items():
+            if optimizer == panel and pattern is None:
+                draw_curve(axes, _mean_curve(cell), recipe, MUTED, 1.4, "--")
+            elif optimizer == panel and pattern is not None:
+                colour = COLOURS[recipes.index(recipe) % len(COLOURS)]
+                style = ("-", ":", "-.")[patterns.index(pattern) % 3]
+                draw_curve(axes, _mean_curve(cell), f"{recipe}, {pattern}", colour, 1.6, style)
     legend_below(figure)
     return figure
 

@@ -62,10 +62,10 @@ def summary_table(runs: Sequence[Run], loss_tags: Sequence[str] = ()) -> Markup:
             text(_recipe(run)),
             text(_patterns(run)),
             text(f"{_steps(run):,}"),
-            _lines(_switches(run)),
-            _lines(_final_losses(run, loss_tags)),
+            _lines(_switches(run), "wide"),
+            _lines(_final_losses(run, loss_tags), "whole"),
             text(_density(run)),
-            _lines([_file(file) for file in run.files]),
+            _lines([_file(file) for file in run.files], "wide"),
         ]
         for i, run in enumerate(runs)
     ]
@@ -124,11 +124,12 @@ def loss_table(runs: Sequence[Run], loss_tags: Sequence[str] = ()) -> Markup:
 
 
 def _named(index: int, run: Run) -> Markup:
-    return Markup(f'<div class="name">{swatch(index)}{text(run.name)}</div>')
+    kind = "whole" if len(run.name) < 32 else "wide"
+    return Markup(f'<div class="{kind}">{swatch(index)}{text(run.name)}</div>')
 
 
-def _lines(values: Sequence[str]) -> Markup:
-    return Markup("<br>".join(text(value) for value in values) or MISSING)
+def _lines(values: Sequence[str], kind: str) -> Markup:
+    return Markup("".join(f'<div class="{kind}">{text(value)}</div>' for value in values) or MISSING)
 
 
 def _recipe(run: Run) -> str:
@@ -138,7 +139,7 @@ def _recipe(run: Run) -> str:
     texts = [text for tag, text in run.log.texts.items() if "sparsity/recipe" in tag]
     found = next((match for each in texts if (match := re.search(r"### Recipe\s+`([^`]+)`", each))), None)
     if found:
-        return found[1].replace(", masks_from=None", "").replace("=None", "=default")
+        return re.sub(r"\b\w+=None, |, \w+=None\b", "", found[1])
     return "not logged" if masked_groups(run) else "dense, or not logged"
 
 
