@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_step.functional import Layer, apply_mask, flip_rate_update, order_statistics, pruned_part, ratio_compute
+from lightning_step.functional import (
+    Layer,
+    apply_mask,
+    flip_rate_update,
+    kept_magnitude_update,
+    order_statistics,
+    pruned_part,
+    ratio_compute,
+)
 from lightning_step.naming import submodule
 from lightning_step.parametrization import NMMask
 from lightning_step.pattern import NMPattern
@@ -64,6 +72,7 @@ class MaskSet:
         self._plan = recipe.plan()
         self._rule = self._plan.gradient
         self._before: dict[str, Tensor] = {}  # bool masks, only between the hooks of a step that needs them
+        self._kept: dict[str, Tensor] = {}  # see `kept_magnitude`, where the last step was measured
         self._measure = False
         self._reduce = reduce
         self._began: int | None = None  # steps taken when masks began
@@ -93,6 +102,7 @@ class MaskSet:
         for mask in self._masks.values():
             mask.gradient = self._rule.through
             mask.enabled = on
+        self._kept.clear()
         self._show(t)
 
     @torch.no_grad()
@@ -123,6 +133,26 @@ class MaskSet:
         """
         return self._masks[name].mask(local(self.parameters[name]))
 
+    def kept_magnitude(self, name: str) -> Tensor:
+        """How much of a tensor its mask keeps, or would keep. See `kept_magnitude_update`.
+
+        Args:
+            name: Name of a masked tensor.
+
+        Returns:
+            The pair, of what this process holds of the tensor.
+        """
+        kept = self._kept.get(name)  # masks are dear: those of a measured step are not made a third time
+        return kept_magnitude_update(local(self.parameters[name]), self.mask_of(name)) if kept is None else kept
+
+    @property
+    def density(self) -> float:
+        """The share of weights that the masks in force keep; 1 while they are off."""
+        if not self.enabled:
+            return 1.0
+        kept = sum(self.parameters[name].numel() * mask.pattern.n / mask.pattern.m for name, mask in self._masks.items())
+        return kept / sum(parameter.numel() for parameter in self.parameters.values())
+
     def edit_gradients(self, grad_scale: Tensor | None) -> None:
         r"""Add :math:`\lambda\,(1-\Pi)\odot w` to the gradients that the optimizer is about to use.
 
@@ -147,6 +177,7 @@ class MaskSet:
         """
         self._measure = measure and self.enabled
         self._before.clear()
+        self._kept.clear()
         if self._measure or (self.enabled and self._rule.fixed):
             self._before = {name: self._masks[name].mask(local(p)) for name, p in self.parameters.items()}
 
@@ -228,10 +259,11 @@ class MaskSet:
         return layers
 
     def _flip_rate(self) -> float:
-        pairs = [
-            flip_rate_update(before, self.mask_of(name)) * shards(self.parameters[name])
-            for name, before in self._before.items()
-        ]
+        pairs = []
+        for name, before in self._before.items():
+            after = self.mask_of(name)
+            pairs.append(flip_rate_update(before, after) * shards(self.parameters[name]))
+            self._kept[name] = kept_magnitude_update(local(self.parameters[name]), after)
         by_tensor = torch.stack([pair.to(pairs[0].device) for pair in pairs])
         if any_sharded(self.parameters.values()):  # replicas have flipped the same entries: nothing to add up or wait for
             by_tensor = self._reduce(by_tensor)

@@ -155,8 +155,9 @@ def kept_magnitude_update(weight: Tensor, mask: Tensor) -> Tensor:
         >>> ratio_compute(kept_magnitude_update(torch.tensor([3., -1.]), torch.tensor([True, False])))
         0.75
     """
-    magnitude = weight.detach().abs().double()
-    return torch.stack([apply_mask(magnitude, mask).sum(), magnitude.sum()])
+    magnitude = weight.detach().abs()
+    magnitude = magnitude.float() if magnitude.dtype.itemsize == 1 else magnitude  # float8 has no sum
+    return torch.stack([apply_mask(magnitude, mask).sum(dtype=torch.float64), magnitude.sum(dtype=torch.float64)])
 
 
 def _nonzeros(weight: Tensor, pattern: NMPattern, dim: int) -> Tensor:

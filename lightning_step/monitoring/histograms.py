@@ -96,7 +96,7 @@ def histograms(sparsifier: Sparsifier) -> list[Histogram]:
     """
     rows, spread, names = [], [], []
     for look in looks(sparsifier):
-        weight = _counted(WEIGHT_BINS, look.weight.abs(), look.mask)
+        weight = _counted(WEIGHT_BINS, look.weight.abs(), sparsifier.masks.mask_of(look.name))
         v = weight.new_zeros(V_BINS.number) if look.v is None else _counted(V_BINS, look.v).to(weight.device)
         rows.append(torch.cat([v, weight]).double())
         spread.append(look.shards)

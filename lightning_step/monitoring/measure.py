@@ -18,14 +18,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_step.errors import OptimizerError
-from lightning_step.functional import apply_mask
 from lightning_step.optim import SecondMomentAdapter, adapter_for
 from lightning_step.sharding import any_sharded, local, shards
 from lightning_step.sparsifier import Sparsifier
 
 __all__ = ["Look", "Reading", "looks", "measure", "sum_over_parts"]
 
-_V_L1, _V_SQUARED, _NEAR_ZERO, _KEPT, _MAGNITUDE, _ONES, _COUNT = range(7)
+_V_L1, _V_SQUARED, _NEAR_ZERO, _COUNT, _KEPT, _MAGNITUDE = range(6)
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,12 @@ class Look(NamedTuple):
     """What one process holds of a masked tensor.
 
     Example:
-        >>> Look("fc.weight", torch.ones(2), torch.tensor([True, False]), None, None, 1).mask.sum().item()
+        >>> Look("fc.weight", torch.ones(2), None, None, 1).shards
         1
     """
 
     name: str
     weight: Tensor  # the latent weight
-    mask: Tensor  # bool: the mask in force, or the one that it would be
     v: Tensor | None  # see Note [Second moments to look at]; None if nobody can tell
     near_zero: float | None  # where v ends to be about 0; None once frozen
     shards: int  # over how many processes the tensor is spread
@@ -79,7 +77,7 @@ def looks(sparsifier: Sparsifier) -> Iterator[Look]:
         v, bound = None, None
         if adapter is not None:
             v, bound = _second_moment(sparsifier, adapter, groups[parameter], parameter, name in frozen)
-        yield Look(name, local(parameter.detach()), sparsifier.masks.mask_of(name), v, bound, shards(parameter))
+        yield Look(name, local(parameter.detach()), v, bound, shards(parameter))
 
 
 @torch.no_grad()
@@ -137,24 +135,19 @@ def sum_over_parts(sparsifier: Sparsifier, table: Tensor, spread: Sequence[int])
 def _table(sparsifier: Sparsifier) -> Tensor:
     rows, spread = [], []
     for look in looks(sparsifier):
-        rows.append(_sums(look))
+        kept = sparsifier.masks.kept_magnitude(look.name)
+        rows.append(torch.cat([_sums(look).to(kept.device), kept]))
         spread.append(look.shards)
     return sum_over_parts(sparsifier, torch.stack([row.to(rows[0].device) for row in rows]), spread)
 
 
 def _sums(look: Look) -> Tensor:
-    wide = torch.float64  # the square of a small v is no float32
-    weight, v = look.weight, look.v
-    none = torch.zeros((), dtype=torch.float64, device=weight.device)
-    magnitude = weight.abs()
-    sums = [none] * 7
-    if v is not None:
-        sums[_V_L1], sums[_V_SQUARED] = v.sum(dtype=wide), torch.linalg.vector_norm(v, dtype=wide).square()
-        if look.near_zero is not None:
-            sums[_NEAR_ZERO] = (v <= look.near_zero).sum().double()
-    sums[_KEPT], sums[_MAGNITUDE] = apply_mask(magnitude, look.mask).sum(dtype=wide), magnitude.sum(dtype=wide)
-    sums[_ONES], sums[_COUNT] = look.mask.sum().double(), none + weight.numel()
-    return torch.stack([each.to(weight.device) for each in sums])
+    v, wide = look.v, torch.float64  # the square of a small v is no float32
+    if v is None:
+        return torch.zeros(4, dtype=wide)
+    near_zero = v.new_zeros((), dtype=wide) if look.near_zero is None else (v <= look.near_zero).sum(dtype=wide)
+    squared = torch.linalg.vector_norm(v, dtype=wide).square()
+    return torch.stack([v.sum(dtype=wide), squared, near_zero, v.new_full((), v.numel(), dtype=wide)])
 
 
 def _reading(sparsifier: Sparsifier, table: list[list[float]], lr: float) -> Reading:
@@ -169,7 +162,7 @@ def _reading(sparsifier: Sparsifier, table: list[list[float]], lr: float) -> Rea
         **(_norms(totals) if seen else {}),
         **({"v_near_zero": totals[_NEAR_ZERO] / totals[_COUNT]} if seen and not frozen else {}),
         **({"flip_rate": gauges["flip_rate"]} if "flip_rate" in gauges else {}),
-        "density": totals[_ONES] / totals[_COUNT] if sparsifier.masks.enabled else 1.0,
+        "density": sparsifier.masks.density,
         "kept_magnitude": _share(totals),
         "lr": lr,
     }
