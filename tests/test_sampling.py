@@ -4,11 +4,12 @@ import math
 import pytest
 import torch
 
+from lightning_step.functional import make_sketch, sketch
 from lightning_step.hooks import StepHooks
 from lightning_step.optim import adapter_for
 from lightning_step.sampling import SecondMomentSampler
 
-STATISTICS = ["arithmetic", "geometric", "l1", "l2"]
+STATISTICS = ["arithmetic", "geometric", "l1", "l2", "drift"]
 SETTINGS = {
     "Adam with coupled decay": (torch.optim.Adam, {"weight_decay": 0.3}),
     "AdamW": (torch.optim.AdamW, {"weight_decay": 0.3}),
@@ -54,6 +55,20 @@ def brute_force(v, before, statistic):
     }[statistic]().item()
 
 
+def effective(optimizer, parameter):
+    """What the optimizer is about to square."""
+    (group,) = [group for group in optimizer.param_groups if any(p is parameter for p in group["params"])]
+    sign = -1 if group["maximize"] else 1
+    coupled = 0 if isinstance(optimizer, torch.optim.AdamW) else group["weight_decay"]
+    return (sign * parameter.grad + coupled * parameter).detach()
+
+
+def drift_by_copies(squares, v):
+    """All sums of the definition; the sketch is that of the whole vector at once."""
+    sums = sketch(v.sqrt(), make_sketch(torch.arange(len(v)))).tolist()
+    return [float((squares**2 / v).sum()), float(squares.sum()), float(v.sum()), *sums]
+
+
 @pytest.mark.parametrize("statistic", STATISTICS)
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_samples_equal_brute_force_on_copies_of_v(settings, statistic):
@@ -64,9 +79,13 @@ def test_samples_equal_brute_force_on_copies_of_v(settings, statistic):
     for _ in range(6):
         before = second_moments(optimizer, scope)
         give_gradients(parameters)
+        squares = torch.cat([effective(optimizer, p).square().flatten() for p in scope])
         optimizer.step()
-        expected.append(brute_force(second_moments(optimizer, scope), before, statistic))
-    assert sampler.read() == pytest.approx(expected, rel=1e-4)
+        v = second_moments(optimizer, scope)
+        expected += drift_by_copies(squares, v) if statistic == "drift" else [brute_force(v, before, statistic)]
+    read = sampler.read()
+    read = [part for sample in read for part in sample] if statistic == "drift" else read
+    assert read == pytest.approx(expected, rel=1e-4, abs=1e-4 if statistic == "drift" else None)
     assert sampler.read() == []
     assert sampler.non_finite == 0
 
@@ -231,6 +250,19 @@ def test_every_observed_step_is_added_up_over_processes_at_once_and_reading_need
     assert math.isclose(calls[0][1], count)
     assert sampler.read() == []
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_replicas_do_not_make_drift_any_larger(processes):
+    """Sums over replicas are multiples of one's own; what is read is not."""
+    optimizer, parameters = make()
+    alone = sampler_of(optimizer, parameters, "drift", max_coordinates=30)
+    together = sampler_of(optimizer, parameters, "drift", max_coordinates=30, reduce=lambda sums: processes * sums)
+    give_gradients(parameters)
+    for sampler in (alone, together):
+        sampler.observe()
+    (one,), (many,) = alone.read(), together.read()
+    assert many == pytest.approx(one, rel=1e-6)
 
 
 @pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])

@@ -8,7 +8,20 @@ import torch
 from torch import nn
 from torch.optim import Adam, AdamW
 
-from lightning_step import ASP, SRSTE, STEP, AtStep, AutoSwitch, Dense, Sparsifier, SwitchEvent, nm_masks
+from lightning_step import (
+    ASP,
+    SRSTE,
+    STEP,
+    AtStep,
+    AutoSwitch,
+    Concentration,
+    Dense,
+    MaskDecay,
+    Sparsifier,
+    StructureDecay,
+    SwitchEvent,
+    nm_masks,
+)
 from lightning_step.errors import OptimizerError, ResumeError
 
 SWITCH = 5
@@ -20,6 +33,8 @@ RECIPES = {
     "STEP": STEP(AutoSwitch(window=4, threshold=1e-30, t_min=0, t_max=SWITCH), lam=0.1),
     "STEP for all": STEP(AtStep(SWITCH), scope="all"),
     "STEP that waits": STEP(AutoSwitch(window=99, threshold=1e-30, t_min=0, t_max=99), masks_from=AtStep(SWITCH)),
+    "STEP that waits for drift": STEP(Concentration(1e-30, window=3, t_min=0, t_max=99), masks_from=AtStep(SWITCH)),
+    "decays": StructureDecay(MaskDecay(SRSTE(lam=0.1), end=9), end=8),
 }
 every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 IMPLEMENTATIONS = {
@@ -202,8 +217,8 @@ def test_gradients_are_still_there_after_the_step(recipe):
         lam = recipe.plan().gradient.lam if run.sparsifier.phase == 2 else 0.0
         before = {name: (p.grad, p.grad.clone()) for name, p in run.model.named_parameters()}
         for name in ("0", "2"):
-            layer = run.model.get_submodule(name)
-            before[f"{name}.weight"][1].add_(lam * (layer._parameters["weight"] - layer.weight).detach())
+            latent = run.model.get_submodule(name)._parameters["weight"].detach()
+            before[f"{name}.weight"][1].add_(lam * latent * ~nm_masks(run.model)[f"{name}.weight"].mask(latent))
         run.optimizer.step()
         for name, parameter in run.model.named_parameters():
             assert parameter.grad is before[name][0]
