@@ -111,7 +111,8 @@ class Console:
 def _exports(trainer: pl.Trainer) -> Iterator[str]:
     """Files that other callbacks have written in this fit; callbacks do not import each other."""
     for callback in callbacks_of(trainer):
-        yield from getattr(callback, "written", ())
+        written = getattr(callback, "written", None)  # of a callback that is not ours it may be anything
+        yield from (path for path in (written if isinstance(written, list) else []) if isinstance(path, str))
 
 
 @rank_zero_only

@@ -91,12 +91,9 @@ class SparseExport(pl.Callback):
         if self.which == "last" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.export_now(trainer)
             return
-        chosen = _best(trainer) if self.which == "best" else self.which
-        if not chosen:
-            rank_zero_warn(f"Expected a best checkpoint, but ModelCheckpoint saved none: {self.path} was not written.")
-            return
         info = self._info(trainer, pl_module)
-        _once(trainer, lambda: self._export_checkpoint(chosen, info))
+        for exported in _once(trainer, lambda: self._export_checkpoint(_best(trainer, self.which), info)):
+            self._tell(exported)
 
     def export_now(self, trainer: pl.Trainer) -> list[Exported]:
         """Write the model as it is now, for instance from a hook in the middle of training. Call it on every process.
@@ -141,20 +138,23 @@ class SparseExport(pl.Callback):
         # Shards have to be gathered by every process together; `export_model` does that, and writes on rank 0.
         return write() if any_sharded(module.parameters()) else _once(trainer, write)
 
-    def _export_checkpoint(self, chosen: str, info: dict[str, Any]) -> None:
+    def _export_checkpoint(self, chosen: str, info: dict[str, Any]) -> list[Exported]:
+        if not chosen:
+            rank_zero_warn(f"Expected a best checkpoint, but ModelCheckpoint saved none: {self.path} was not written.")
+            return []
         checkpoint = read_checkpoint(chosen, self.module)
         if checkpoint.patterns and not checkpoint.on and not self.one_shot:
             rank_zero_warn(
                 f"Expected learned masks in {chosen!r}, but got a checkpoint from before masks came on: {self.path} was not "
                 "written and nothing was pruned. Monitor from the switch on, export which='last', or pass one_shot=True."
             )
-            return
+            return []
         # Steps and recipe are those of the checkpoint; what happened after it is none of its business.
         kept = {key: value for key, value in info.items() if key == "layers"}
         behind = {name: (checkpoint.patterns[name][0], final) for name, final in checkpoint.unfinished.items()}
         _warn_unfinished(behind, self.path)
-        for format, path in self._paths.items():
-            self._tell(export_checkpoint(checkpoint, path, format, one_shot=self.one_shot, info=kept))
+        formats = self._paths.items()
+        return [export_checkpoint(checkpoint, path, each, one_shot=self.one_shot, info=kept) for each, path in formats]
 
     def _tell(self, exported: Exported) -> None:
         self.exported = exported
@@ -198,8 +198,9 @@ def _check_checkpoints(trainer: pl.Trainer) -> None:
         )
 
 
-def _best(trainer: pl.Trainer) -> str:
-    return str(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+def _best(trainer: pl.Trainer, which: str) -> str:
+    """The checkpoint that is meant; nothing if there is none yet."""
+    return str(getattr(trainer.checkpoint_callback, "best_model_path", "")) if which == "best" else which
 
 
 def _once(trainer: pl.Trainer, work: Callable[[], T]) -> T:

@@ -3,9 +3,10 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from lightning_step import ASP, SRSTE, STE, STEP, AtStep, SparseExport, STEPSparsityCallback, export_model, load_sparse
+from lightning_step.checkpoints import export_checkpoint, read_checkpoint
 from lightning_step.errors import ConfigurationError, FileFormatError
 from lightning_step.export import read_manifest
 
@@ -48,6 +49,53 @@ def test_a_best_checkpoint_from_before_the_switch_is_not_pruned(tiny, make_train
     with pytest.warns(UserWarning, match="but got a checkpoint from before masks came on"):
         trainer.fit(tiny())
     assert not path.exists()
+
+
+def test_a_best_checkpoint_that_was_never_saved_is_told(tiny, make_trainer, tmp_path):
+    path = tmp_path / "best.safetensors"
+    rare = ModelCheckpoint(tmp_path, monitor="score", every_n_train_steps=100)
+    export = SparseExport(str(path), which="best")
+    trainer = make_trainer(Scores(), STEPSparsityCallback(recipe=STE()), rare, export, steps=3)
+    with pytest.warns(UserWarning, match=r"but ModelCheckpoint saved none: .*best\.safetensors was not written"):
+        trainer.fit(tiny())
+    assert not path.exists()
+    assert (export.exported, export.written) == (None, [])
+
+
+class Averages(pl.Callback):
+    """The exponential average by hand: the first update copies, each further one goes a part of the way."""
+
+    def __init__(self, decay):
+        self.decay, self.steps, self.average = decay, 0, {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        now = {name: parameter.detach().clone() for name, parameter in pl_module.named_parameters()}
+        old = self.average or now
+        self.average = {name: old[name] + (1 - self.decay) * (now[name] - old[name]) for name in now}
+        self.steps += 1
+        if self.steps == 6:
+            self.best, self.last = self.average, now
+
+
+def two_largest(weight):
+    """2:4 by sorting, on the CPU and by hand."""
+    groups = weight.reshape(-1, 4)
+    kept = torch.zeros_like(groups).scatter_(1, groups.abs().argsort(dim=1, descending=True, stable=True)[:, :2], 1.0)
+    return (groups * kept).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: type(recipe).__name__)
+def test_the_best_checkpoint_of_an_averaged_run_holds_the_averages(recipe, tiny, make_trainer, tmp_path):
+    path, averages = tmp_path / "best.safetensors", Averages(0.6)
+    best = ModelCheckpoint(tmp_path, filename="best", monitor="score", every_n_train_steps=1)
+    callbacks = [averages, Scores(), EMAWeightAveraging(decay=0.6), STEPSparsityCallback(recipe=recipe), best]
+    make_trainer(*callbacks, SparseExport(str(path), which="best"), steps=9).fit(tiny())
+    by_itself = export_checkpoint(read_checkpoint(tmp_path / "best.ckpt"), tmp_path / "again.safetensors").path
+    for found in (load_sparse(path), load_sparse(by_itself)):
+        for name in ("net.0.weight", "net.2.weight", "head.weight"):
+            torch.testing.assert_close(found[name], two_largest(averages.best[name]), rtol=1e-5, atol=1e-7)
+            assert not torch.allclose(found[name], two_largest(averages.last[name]), rtol=1e-3), "not the average"
+        torch.testing.assert_close(found["head.bias"], averages.best["head.bias"], rtol=1e-5, atol=1e-7)
 
 
 def test_a_named_checkpoint_and_its_submodule(tiny, make_trainer, tmp_path):
