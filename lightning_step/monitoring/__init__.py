@@ -20,7 +20,7 @@ tensors. What is sampled or measured is logged only once it is known.
 | `log10/variance_change` | decimal logarithm of the same; TensorBoard only |
 | `log10/window_mean` | decimal logarithm of the same; TensorBoard only |
 | `log10/threshold` | decimal logarithm of the same; TensorBoard only |
-| `log10/switch` | two points at the step of a switch, over the height of the curves; TensorBoard only |
+| `log10/switch` | two points, right before and at the step of a switch, over the height of the curves; TensorBoard only |
 | `layer/NAME/flip_rate` | of one masked tensor; with `per_layer` |
 | `layer/NAME/kept_magnitude` | of one masked tensor; with `per_layer` |
 | `layer/NAME/v_l1` | of one masked tensor; with `per_layer` |

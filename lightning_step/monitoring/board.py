@@ -86,7 +86,9 @@ class Board:
                 self._writer.add_scalar(f"{self._prefix}{stem}/log10/{name}", log10(scalars[name]), step)
 
     def mark(self, stem: str, log: VarianceLog, step: int) -> None:
-        """Mark a switch: two points at one step, over the height of the curves, make a vertical line.
+        """Mark a switch: two points over the height of the curves make an upright line.
+
+        They are one step apart. Of two at the same step TensorBoard's fast loader, which is its default, shows the second.
 
         Args:
             stem: What the tags begin with.
@@ -94,8 +96,8 @@ class Board:
             step: Where on the x-axis.
         """
         heights = [log10(v) for curve in (log.change, log.window_mean, log.threshold) for v in curve.values if v > 0]
-        for height in (min(heights), max(heights)) if heights else ():
-            self._writer.add_scalar(f"{self._prefix}{stem}/log10/switch", height, step)
+        for at, height in ((step - 1, min(heights)), (step, max(heights))) if heights else ():
+            self._writer.add_scalar(f"{self._prefix}{stem}/log10/switch", height, at)
 
     def histograms(self, stem: str, histograms: Iterable[Histogram], step: int) -> None:
         """Write histograms.
