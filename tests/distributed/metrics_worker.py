@@ -1,15 +1,18 @@
-"""Metrics on two processes against one that sees everything; an exit code other than 0 says that they differ."""
+"""Metrics and the end table on two processes against one that sees everything; exit codes say whether they agree."""
 
 import math
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torchmetrics import MetricCollection
 
-from lightning_step import NMPattern
+from lightning_step import STEP, AtStep, NMPattern, Sparsifier
 from lightning_step.functional import apply_mask, magnitude_mask
 from lightning_step.metrics import Density, FlipRate, KeptMagnitude, NMCompliance
+from lightning_step.outcome import sheet_of_outcome
 
 PATTERN = NMPattern(2, 4)
 
@@ -41,6 +44,25 @@ def check(metrics, want):
 
 def sharded(batch, mesh, placement):
     return {name: distribute_tensor(tensor, mesh, [placement]) for name, tensor in batch.items()}
+
+
+def end_table(sharded):
+    """Of a short run on the same batches everywhere; the second layer is never cut."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4, bias=False), nn.Linear(4, 3))
+    if sharded:
+        fully_shard(model[0])
+        fully_shard(model[2])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    reduce = {} if sharded else {"reduce": torch.clone}
+    sparsifier = Sparsifier(model, optimizer, 1, 2, recipe=STEP(AtStep(2)), measure_every=1, **reduce)
+    for _ in range(5):
+        model(torch.ones(2, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sheet = sheet_of_outcome([sparsifier])
+    # Without the kind of layer: fully_shard makes an FSDPLinear of a Linear.
+    return sheet.head, [row[:1] + row[2:] for row in sheet.sections[0].rows], sheet.foot
 
 
 def main():
@@ -79,6 +101,11 @@ def main():
     for metrics, want in ((own, alone(batch)), (both, alone(odd, even))):
         values = metrics(**batch)
         assert all(math.isclose(values[name].item(), want[name], rel_tol=1e-12) for name in want), (values, want)
+
+    # The end table counts shards, too.
+    whole, cut = end_table(sharded=False), end_table(sharded=True)
+    assert cut == whole, f"{cut}\n{whole}"
+    assert whole[0] == "5 optimizer steps, masks on: 42 of 84 weights in 3 tensors are kept", whole
     torch.distributed.destroy_process_group()
 
 
