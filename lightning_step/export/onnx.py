@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_step.errors import ArgumentTypeError, ConfigurationError, ExportError
-from lightning_step.export.files import atomic_write, check_writable
+from lightning_step.errors import ArgumentTypeError, ConfigurationError
+from lightning_step.export.files import check_writable
 from lightning_step.export.hardening import masks_to_apply, sparse_entries, tensors_of, verify
 from lightning_step.export.manifest import HEADER_KEY, SparseTensor
 from lightning_step.export.onnx_graph import GraphWeight, graph_weights
+from lightning_step.export.onnx_write import MAX_BYTES, write_onnx
 from lightning_step.parametrization import nm_masks, strip
 from lightning_step.sharding import any_sharded
 from lightning_step.targets import Targets
@@ -29,7 +30,6 @@ from lightning_step.version import __version__
 __all__ = ["ONNX_MANIFEST_VERSION", "ExportedOnnx", "export_onnx", "need_onnx"]
 
 ONNX_MANIFEST_VERSION = 1
-_MAX_BYTES = 2**31 - 1  # of any protobuf message
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,10 @@ class ExportedOnnx:
     """
 
     path: Path
-    bytes: int
+    bytes: int  # of both files
     nodes: Mapping[str, str]  # node and number of its input, "node_linear:1" -> the masked tensor that comes in there
     elsewhere: tuple[str, ...]  # tensors that hold their pattern, but that no product of the graph uses as they are
+    data: Path | None = None  # the file beside it that holds the weights, if one file would be too large
 
 
 def export_onnx(
@@ -56,9 +57,10 @@ def export_onnx(
     targets: Targets | None = None,
     one_shot: bool = False,
     info: Mapping[str, Any] | None = None,
+    max_file_bytes: int = MAX_BYTES,
     **settings: Any,
 ) -> ExportedOnnx:
-    """Write a model to one ONNX file through ``torch.onnx``, its zeros in it, and say in the file which nodes hold n:m.
+    """Write a model as ONNX through ``torch.onnx``, its zeros in it, and say in the file which nodes hold n:m.
 
     A copy is hardened, put into evaluation mode and exported; the model is left as it is. The file is there whole or not
     at all. `check_onnx` proves the pattern again, whatever was done to the file since. Needs ``lightning-step[onnx]``.
@@ -66,19 +68,21 @@ def export_onnx(
     Args:
         model: A model with masks, or, with ``targets``, one whose weights hold their zeros already.
         args: Example inputs, as the model takes them.
-        path: The file to write, at most 2 GiB.
+        path: The file to write.
         kwargs: Example inputs by name.
         targets: What must hold its pattern, for a model without masks (after `strip`). Verified, never pruned.
         one_shot: Apply masks that are still off, too.
         info: Plain values to keep in the file.
+        max_file_bytes: If the file would be larger, the weights go into a second one beside it, to be kept together with it.
+            2 GiB is the most that one can hold.
         settings: Passed on to ``torch.onnx.export``: ``input_names``, ``dynamic_shapes``, ``opset_version``, ...
 
     Returns:
         Path, size, and which node multiplies with which masked tensor.
 
     Raises:
-        ConfigurationError: If onnx is not installed, no mask is on, the model is sharded or larger than a file may be, the
-            path cannot be written, or ``torch.onnx`` cannot export the model.
+        ConfigurationError: If onnx is not installed, no mask is on, the model is sharded, its graph alone is larger than
+            a file may be, the path cannot be written, or ``torch.onnx`` cannot export the model.
         ArgumentTypeError: If ``info`` holds other than plain values.
         ViolationError: If a tensor does not hold its pattern.
         ExportError: If writing fails midway. The old file is left as it was.
@@ -102,8 +106,9 @@ def export_onnx(
     nodes, elsewhere = _matched(proto.graph, tensors, entries)
     entry = proto.metadata_props.add()
     entry.key, entry.value = HEADER_KEY, _manifest(nodes, elsewhere, entries, info)
-    _write(path, proto)
-    return ExportedOnnx(path, path.stat().st_size, nodes, elsewhere)
+    data = write_onnx(path, proto, max_file_bytes)
+    size = sum(each.stat().st_size for each in (path, data) if each is not None)
+    return ExportedOnnx(path, size, nodes, elsewhere, data)
 
 
 def need_onnx(*names: str) -> None:
@@ -259,20 +264,3 @@ def _manifest(
         return json.dumps(body, sort_keys=True)
     except (TypeError, ValueError) as error:
         raise ArgumentTypeError(f"Expected `info` to hold plain values, but got {info!r} ({error}).") from error
-
-
-def _write(path: Path, proto: Any) -> None:
-    size = proto.ByteSize()
-    if size > _MAX_BYTES:
-        raise ConfigurationError(
-            f"Expected a model of at most 2 GiB, which is what one ONNX file can hold, but got {size:,} bytes. "
-            "Export it in half precision, or in parts."
-        )
-    try:
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(proto.SerializeToString())
-    except OSError as error:
-        raise ExportError(
-            f"Expected to write {size:,} bytes to {str(path)!r}, but got: {error}. What was there before is untouched. "
-            "Make room, or choose another path."
-        ) from error

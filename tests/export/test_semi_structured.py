@@ -1,6 +1,5 @@
 """Which layers sparse tensor cores would run, decided without one; on a CPU the model stays as it is, and it is said why."""
 
-import copy
 import inspect
 
 import pytest
@@ -13,7 +12,6 @@ from lightning_step import NMPattern, apply_nm_masks, strip
 from lightning_step.errors import ArgumentTypeError, ConfigurationError
 from lightning_step.export import semi_structured as module
 from lightning_step.export import to_semi_structured
-from lightning_step.export.linear_weights import linear_weights, shared_with, use_packed
 from lightning_step.export.semi_structured import choose_backend, why_no_search, why_not_packed
 
 CLASSES = {"cusparselt": SparseSemiStructuredTensorCUSPARSELT, "cutlass": SparseSemiStructuredTensorCUTLASS}
@@ -204,41 +202,6 @@ def test_a_model_with_masks_and_another_dtype_are_refused():
 
 def test_nothing_of_torchao_is_needed():
     assert "torchao" not in inspect.getsource(module)
-
-
-class Gpt(nn.Module):
-    """Two layers of GPT-2's kind that share one weight, and one that multiplies in a way of its own."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.one, self.two, self.own = Conv1D(32, 64), Conv1D(32, 64), OwnConv1D(64, 64)
-        apply_nm_masks(self, NMPattern(2, 4))
-        strip(self)
-        self.two.weight = self.one.weight
-        nn.init.normal_(self.one.bias)
-
-
-class OwnConv1D(Conv1D):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def test_a_conv1d_computes_the_same_with_its_weight_turned():
-    model, x = Gpt(), torch.randn(2, 3, 64)
-    expected = model.one(x), model.two(x)
-    found = linear_weights(model)
-    assert [(each.name, each.transposed) for each in found] == [("one.weight", True), ("two.weight", True)]
-    assert shared_with(model, found) == {}
-    turned = nn.Parameter(found[0].rows.contiguous())
-    for each in found:
-        use_packed(each, turned)
-    assert model.one.weight.shape == (32, 64)
-    for layer, before in zip((model.one, model.two), expected, strict=True):
-        torch.testing.assert_close(layer(x), before)
-        torch.testing.assert_close(copy.deepcopy(layer)(x), before)
-    assert type(model.one) is type(model.two), "one class for all, so that compiled graphs are shared"
-    assert linear_weights(model) == [], "it is not turned twice"
 
 
 @pytest.mark.usefixtures("as_if_cutlass")
