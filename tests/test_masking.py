@@ -159,6 +159,27 @@ def test_nothing_is_measured_unasked_or_before_masks(recipe, begin, measure):
         assert masks.after_step(1) is None
 
 
+def test_a_measured_step_says_of_every_tensor_what_flipped_and_what_is_kept():
+    model, masks = masks_of(STE())
+    assert masks.density == 1.0
+    masks.begin(0)
+    assert masks.density == sum(k.sum() for k in map(by_sorting, latent(model))) / sum(w.numel() for w in latent(model))
+    before = [by_sorting(w) for w in latent(model)]
+    for t, measure in ((1, True), (2, False)):
+        masks.before_step(measure=measure)
+        for parameter in model.parameters():
+            parameter.data.copy_(torch.randn_like(parameter))
+        with torch.no_grad():
+            masks.after_step(t)
+        after = [by_sorting(w) for w in latent(model)]
+        if measure:
+            rates = [float((one != other).double().mean()) for one, other in zip(before, after, strict=True)]
+            assert list(masks.flip_rates.values()) == pytest.approx(rates)
+        for name, weight, kept in zip(masks.parameters, latent(model), after, strict=True):
+            pair = [float(weight[kept].abs().sum()), float(weight.abs().sum())]
+            assert masks.kept_magnitude(name).tolist() == pytest.approx(pair, rel=1e-5), (t, name)
+
+
 def test_masks_that_begin_within_a_step_are_not_compared_with_none():
     _, masks = masks_of(STE())
     masks.before_step(measure=True)

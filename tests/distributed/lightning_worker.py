@@ -27,9 +27,13 @@ from lightning_step import (
     STEP,
     AtStep,
     AutoSwitch,
+    Concentration,
     Dense,
+    MaskDecay,
     SparseExport,
+    SparsityMonitor,
     STEPSparsityCallback,
+    StructureDecay,
 )
 
 STEPS, HALF = 12, 8
@@ -39,6 +43,7 @@ RECIPES = {
     "STE": STE(),
     "SRSTE": SRSTE(lam=1e-2),
     "STEP": STEP(AutoSwitch(window=4, threshold=1.5e-4, t_min=2, t_max=10), lam=1e-2),
+    "decays": StructureDecay(MaskDecay(STEP(Concentration(1e9, window=3, t_min=2, t_max=10)), end=0.75), end=10),
 }
 FOLDER = Path(sys.argv[-1])
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -103,14 +108,15 @@ def fit(
     export = SparseExport(str(folder / "model.safetensors"), one_shot=recipe == "Dense")
     callback = STEPSparsityCallback(recipe=RECIPES[recipe], read_every=1, verbose=False)
     saving = pl.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=HALF // 2, save_top_k=-1)
+    loggers = [pl.loggers.CSVLogger(folder / "logs"), pl.loggers.TensorBoardLogger(folder / "board")]
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1 if engine == "alone" else WORLD,
         strategy=ENGINES[engine](),
-        callbacks=[callback, saving, export, *extra],
+        callbacks=[callback, SparsityMonitor(per_layer=True, histograms_every=4, figure=False), saving, export, *extra],
         max_steps=STEPS,
         max_epochs=-1,
-        logger=pl.loggers.CSVLogger(folder / "logs") if RANK == 0 else False,  # the other logs nothing
+        logger=loggers if RANK == 0 else False,  # the other has nobody to tell, and has to measure all the same
         log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_step import STEPSparsityCallback, load_sparse
 from lightning_step.errors import ConfigurationError
 
-RECIPES = ["Dense", "ASP", "STE", "SRSTE", "STEP"]
+RECIPES = ["Dense", "ASP", "STE", "SRSTE", "STEP", "decays"]
 DDP, FILE, FILES = "DDP", "FSDP2, one file", "FSDP2, sharded files"
 RUNS = [(engine, recipe) for engine in (DDP, FILE) for recipe in RECIPES] + [(FILES, "STEP"), (FILES, "ASP")]
-SWITCHED = {"Dense": [], "ASP": [1], "STE": [0], "SRSTE": [0], "STEP": [6]}
+SWITCHED = {"Dense": [], "ASP": [1], "STE": [0], "SRSTE": [0], "STEP": [6], "decays": [4]}
 
 
 def read(folder: Path, name: str, rank: int = 0) -> Any:
@@ -80,6 +82,31 @@ def test_the_export_is_gathered_and_written_once(engine: str, recipe: str, fitte
         assert written[name].count_nonzero() == weight.numel() // 2
         assert written[name].shape[0] == rows
         assert torch.equal(written[name][written[name] != 0], weight[written[name] != 0])
+
+
+def logged(folder: Path) -> dict[int, dict[str, float]]:
+    with next(folder.glob("logs/**/metrics.csv")).open() as file:
+        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    assert len({row["step"] for row in rows}) == len(rows), "every step once"
+    return {int(row["step"]): row for row in rows}
+
+
+@pytest.mark.parametrize(("engine", "recipe"), RUNS)
+def test_two_processes_log_once_what_one_logs(engine: str, recipe: str, fitted: Path) -> None:
+    alone, together = (logged(fitted / way / recipe) for way in ("alone", engine))
+    assert sorted(together) == list(range(1, 13))
+    assert "sparsity/layer/first.weight/v_l2" in together[12]
+    for step, row in alone.items():
+        assert together[step] == pytest.approx(row, rel=1e-6, abs=1e-18), step
+    boards = [EventAccumulator(str(next((fitted / way / recipe).glob("board/**/version_0")))) for way in ("alone", engine)]
+    tags = [board.Reload().Tags() for board in boards]
+    assert sorted(tags[0]["histograms"]) == sorted(tags[1]["histograms"])
+    for tag in tags[0]["histograms"]:
+        mine, theirs = ([(e.step, e.histogram_value) for e in board.Histograms(tag)] for board in boards)
+        assert [step for step, _ in mine] == [step for step, _ in theirs]
+        for (_, one), (_, other) in zip(mine, theirs, strict=True):
+            assert one.num == other.num
+            assert one.sum == pytest.approx(other.sum, rel=1e-3), "a few lie on the edge of a bin"
 
 
 @pytest.mark.parametrize(
