@@ -34,9 +34,13 @@ from lightning_step import (
     STEP,
     AtStep,
     AutoSwitch,
+    Concentration,
     Dense,
+    Layerwise,
+    MaskDecay,
     NMPattern,
     Sparsifier,
+    StructureDecay,
     apply_nm_masks,
     nm_masks,
     strip,
@@ -51,6 +55,8 @@ RECIPES = {
     "SRSTE": SRSTE(lam=1e-2),
     "STEP": STEP(AutoSwitch(window=4, threshold=2.5e-4, t_min=2, t_max=12), lam=1e-2),
     "STEP, geometric, all": STEP(AutoSwitch("geometric", window=3, threshold=1e-9, t_min=0, t_max=7), scope="all"),
+    "decays, by drift": StructureDecay(MaskDecay(STEP(Concentration(2.7, window=4, t_min=6, t_max=12)), end=13), end=12),
+    "layer by layer": Layerwise(StructureDecay(SRSTE(lam=1e-2), end=9), by="magnitude"),
 }
 FOLDER = Path(sys.argv[-1])
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -12,9 +12,12 @@ from torch import nn
 
 from lightning_step import load_sparse
 
-RECIPES = ["Dense", "ASP", "STE", "SRSTE", "STEP", "STEP, geometric, all"]
+RECIPES = ["Dense", "ASP", "STE", "SRSTE", "STEP", "STEP, geometric, all", "decays, by drift", "layer by layer"]
 ENGINES = ["DDP", "FSDP2, masks before", "FSDP2, masks after"]
-SWITCHED = {"Dense": [], "ASP": [5], "STE": [0], "SRSTE": [0], "STEP": [6], "STEP, geometric, all": [7]}
+SWITCHED = {
+    "Dense": [], "ASP": [5], "STE": [0], "SRSTE": [0], "STEP": [6], "STEP, geometric, all": [7], "decays, by drift": [9],
+    "layer by layer": [0],
+}  # fmt: skip
 
 
 def read(folder: Path, name: str, rank: int = 0) -> Any:
