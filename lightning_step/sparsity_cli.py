@@ -3,8 +3,9 @@
 Note [Why a section]
     A list of callbacks does not compose: that of a later configuration file replaces the one before. A section does, so a
     base file, a recipe and a command line can each state only the difference. It takes what `STEPSparsityCallback` takes
-    and, beneath ``export``, what `SparseExport` takes; both are read from their signatures, so that there is no second list
-    to keep. Without the section, or with ``sparsity: null``, the run is a dense one.
+    and, beneath ``export`` and ``monitor``, what `SparseExport` and `SparsityMonitor` take; all of it is read from their
+    signatures, so that there is no second list to keep. Without the section, or with ``sparsity: null``, the run is a dense
+    one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import final, override
 
-from lightning_step.callbacks import SparseExport, STEPSparsityCallback
+from lightning_step.callbacks import SparseExport, SparsityMonitor, STEPSparsityCallback
 from lightning_step.errors import ConfigurationError
 
 __all__ = ["SparsityCLI"]
@@ -42,22 +43,40 @@ class ExportSection:
 
 
 @final
+class MonitorSection:
+    """What to log, and how often.
+
+    Args:
+        kwargs: Those of `SparsityMonitor`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._kwargs = kwargs
+
+    def callback(self) -> SparsityMonitor:
+        return SparsityMonitor(**self._kwargs)
+
+
+@final
 class SparsitySection:
     """Masks, and what becomes of them.
 
     Args:
         export: Write a file when fitting ends; null: none.
+        monitor: Log to the trainer's loggers: true, false, or what and how often.
         kwargs: Those of `STEPSparsityCallback`.
     """
 
-    def __init__(self, export: ExportSection | None = None, **kwargs: Any) -> None:
+    def __init__(self, export: ExportSection | None = None, monitor: bool | MonitorSection = True, **kwargs: Any) -> None:
         self._export = export
+        self._monitor = monitor
         self._kwargs = kwargs
 
     def callbacks(self) -> list[pl.Callback]:
         # Made here and not while the section is parsed, so that what they raise reaches the user as it is.
-        masks = STEPSparsityCallback(**self._kwargs)
-        return [masks] if self._export is None else [masks, self._export.callback()]
+        masks = STEPSparsityCallback(monitor=self._monitor is not False, **self._kwargs)
+        more = [each for each in (self._monitor, self._export) if isinstance(each, (MonitorSection, ExportSection))]
+        return [masks, *(each.callback() for each in more)]
 
 
 class SparsityCLI(LightningCLI):
@@ -92,7 +111,8 @@ class SparsityCLI(LightningCLI):
             f"--{_SECTION}",
             type=SparsitySection | None,
             default=None,
-            help="Arguments of STEPSparsityCallback, and of SparseExport beneath `export`; null: a dense run.",
+            help="Arguments of STEPSparsityCallback, and beneath `export` and `monitor` those of SparseExport and "
+            "SparsityMonitor; null: a dense run.",
         )
 
     @override
@@ -130,14 +150,15 @@ class _Parser(LightningArgumentParser):
 def _check_once(listed: Sequence[pl.Callback], ours: Sequence[pl.Callback]) -> None:
     paths = {each.path for each in ours if isinstance(each, SparseExport)}
     for callback in listed:
-        if isinstance(callback, STEPSparsityCallback) or (isinstance(callback, SparseExport) and callback.path in paths):
+        twice = any(isinstance(callback, kind) for kind in map(type, ours) if kind is not SparseExport)
+        if twice or (isinstance(callback, SparseExport) and callback.path in paths):
             raise ConfigurationError(
                 f"Expected {type(callback).__name__} in one place, but got it in `trainer.callbacks` and by the section "
                 f"`{_SECTION}`. Keep one of them; `--{_SECTION} null` leaves out the section."
             )
 
 
-_SECTIONS = {SparsitySection.__name__, ExportSection.__name__}  # no class that a user named
+_SECTIONS = {SparsitySection.__name__, ExportSection.__name__, MonitorSection.__name__}  # no class that a user named
 _KEY = re.compile(r"""^Parser key ["'](.+?)["']:$""")
 _CLASS = re.compile(r"""^Problem with given class_path ["'](?:.+\.)?(\w+)["']:$""")
 _VALUE = re.compile(r"^Given value: ([^{(]+)$")

@@ -21,6 +21,7 @@ from lightning_step import (
     Dense,
     NMPattern,
     SparseExport,
+    SparsityMonitor,
     STEPSparsityCallback,
     load_sparse,
 )
@@ -102,6 +103,16 @@ RECIPES = [
     (recipe("SRSTE", lam=0.064), SRSTE(0.064)),
     (recipe("STEP", lam=0.016, switch=AT), STEP(AtStep(6), lam=0.016)),
 ]
+MONITOR = {
+    "every": 2,
+    "histograms_every": 4,
+    "per_layer": True,
+    "text": False,
+    "layout": False,
+    "figure": False,
+    "hparams": False,
+    "metrics": ["val_loss"],
+}
 KEEP_NONE = ["--trainer.enable_checkpointing", "false"]
 each_recipe = pytest.mark.parametrize(("said", "meant"), RECIPES, ids=[type(meant).__name__ for _, meant in RECIPES])
 
@@ -186,6 +197,32 @@ def test_the_section_takes_what_the_callbacks_take(files):
     assert export.as_dict() == {**expected, **EXPORT}
 
 
+def test_the_dump_test_names_every_argument_of_the_monitor():
+    assert MONITOR.keys() == defaults(SparsityMonitor).keys()
+    assert [name for name, value in defaults(SparsityMonitor).items() if MONITOR[name] == value] == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "words", "on", "every"),
+    [
+        ([{}], [], True, None),
+        ([{"monitor": False}], [], False, None),
+        ([{"monitor": {"every": 5}}], [], True, 5),
+        ([{"monitor": {"per_layer": True}}, {"monitor": {"every": 7}}], ["--sparsity.monitor.every", "9"], True, 9),
+        ([{"monitor": {"every": 5}}, {"monitor": False}], [], False, None),
+        ([{"monitor": False}], ["--sparsity.monitor.every", "3"], True, 3),
+        ([{}], ["--sparsity.monitor", "false"], False, None),
+    ],
+)
+def test_the_monitor_is_on_off_or_a_section_of_its_own(sections, words, on, every, files):
+    cli = parsed([*files(*sections), *words])
+    assert callback(cli, STEPSparsityCallback).monitor == on
+    monitors = [each for each in cli.trainer.callbacks if isinstance(each, SparsityMonitor)]
+    assert [each.options.every for each in monitors] == ([] if every is None else [every])
+    if len(sections) == 2 and on:
+        assert monitors[0].options.per_layer
+
+
 @each_recipe
 def test_a_dump_loses_nothing(said, meant, files, tmp_path):
     everything = {
@@ -200,6 +237,7 @@ def test_a_dump_loses_nothing(said, meant, files, tmp_path):
         "read_every": 5,
         "max_coordinates": 100,
         "verbose": False,
+        "monitor": MONITOR,
         "export": {**EXPORT, "format": ["dense", "packed"], "path": "out/{format}", "module": "body", "which": "best"},
     }
     first = parsed(files(everything))
@@ -214,6 +252,7 @@ def test_a_dump_loses_nothing(said, meant, files, tmp_path):
         kept = {**ours._selection, **ours._sampling}
         assert kept == {name: everything[name] for name in kept}
         assert {name: getattr(export, name) for name in everything["export"]} == everything["export"]
+        assert callback(cli, SparsityMonitor).options == SparsityMonitor(**MONITOR).options
 
 
 @each_recipe
@@ -328,11 +367,13 @@ def test_other_errors_are_told_as_ever(files, capsys):
         ("STEPSparsityCallback", {"n": 1}, True),
         ("SparseExport", EXPORT, True),
         ("SparseExport", {"path": "out/b.safetensors"}, False),
+        ("SparsityMonitor", {"every": 3}, True),
     ],
 )
 def test_the_same_callback_in_both_places_is_refused(listed, arguments, refused, files, capsys):
     callbacks = [{"class_path": f"lightning_step.{listed}", "init_args": arguments}]
-    words = files({"recipe": recipe("STE"), "export": EXPORT}, trainer={**BASE["trainer"], "callbacks": callbacks})
+    section = {"recipe": recipe("STE"), "export": EXPORT, "monitor": {"every": 2}}
+    words = files(section, trainer={**BASE["trainer"], "callbacks": callbacks})
     assert main(["fit", *words]) == int(refused)
     if refused:
         error = f"error: ConfigurationError: Expected {listed} in one place, but got it in `trainer.callbacks` and by"
