@@ -125,15 +125,18 @@ def test_without_a_bar_nothing_is_shown_and_nothing_is_missing(tiny: Any, make_t
 
 
 def logs_a_phase_of_its_own(self: Any, batch: Any, batch_idx: int) -> torch.Tensor:
-    self.log("phase", 7.0 + self.global_step, prog_bar=True)
+    self.log("phase", 7.0 + self.global_step, prog_bar=True, on_step=self.often, on_epoch=not self.often)
     return logs_its_loss(self, batch, batch_idx)
 
 
-def test_a_metric_of_the_models_own_by_that_name_is_left_alone(tiny: Any, make_trainer: Any) -> None:
-    bar = recording(CustomBar)
+@pytest.mark.parametrize("often", [True, False], ids=["every step", "every epoch"])
+def test_a_metric_of_the_models_own_by_that_name_is_left_alone(often: bool, tiny: Any, make_trainer: Any) -> None:
+    bar, made = recording(CustomBar), tiny()
+    made.__class__ = type("Tiny", (type(made),), {"training_step": logs_a_phase_of_its_own, "often": often})
     callback = STEPSparsityCallback(recipe=STEP(SWITCH), read_every=1)
-    make_trainer(callback, bar, **QUIET).fit(module(tiny, training_step=logs_a_phase_of_its_own))
-    assert [shown["phase"] for shown in bar.seen] == [7.0 + step for step in range(20)]
+    make_trainer(callback, bar, enable_progress_bar=True).fit(made)  # one step an epoch
+    own = [7.0 + step for step in range(20)] if often else [1.0, *(7.0 + step for step in range(19))]
+    assert [shown["phase"] for shown in bar.seen] == own
     assert "ratio" in bar.seen[9]
 
 
