@@ -15,12 +15,12 @@ from lightning_step.monitoring.board import boards_of
 __all__ = ["announce", "monitor_options", "saved_hyperparameters"]
 
 
-def monitor_options(trainer: pl.Trainer, on: bool) -> MonitorOptions:
+def monitor_options(trainer: pl.Trainer, on: bool | int) -> MonitorOptions:
     """What to log, and how often, the same on every process.
 
     Args:
         trainer: A trainer that is about to fit. The options are those of the SparsityMonitor among its callbacks.
-        on: False to log nothing at all.
+        on: False to log nothing at all; a number for another interval than the trainer's.
 
     Returns:
         Options with numbers for both intervals.
@@ -31,7 +31,8 @@ def monitor_options(trainer: pl.Trainer, on: bool) -> MonitorOptions:
     """
     given = [getattr(callback, "options", None) for callback in callbacks_of(trainer)]
     chosen = next((options for options in given if isinstance(options, MonitorOptions)), MonitorOptions())
-    options = chosen.resolve(log_interval(trainer) if on else 0)
+    interval = int(on) if trainer.loggers and on is not True else log_interval(trainer)
+    options = MonitorOptions(every=0).resolve(0) if not on else chosen.resolve(interval)
     if not boards_of(trainer.loggers if options.every else ()):
         options = replace(options, histograms_every=0)  # nobody can show them
     # Loggers may differ from process to process, but all have to measure at the same steps.

@@ -22,7 +22,7 @@ from lightning_step.callbacks.trainer import (
 )
 from lightning_step.errors import ConfigurationError, ResumeError, TargetError
 from lightning_step.masking import parameter_of, restore_masks
-from lightning_step.monitoring import Monitor, MonitorOptions
+from lightning_step.monitoring import Monitor, MonitorOptions, check_interval
 from lightning_step.parametrization import apply_nm_masks, nm_masks
 from lightning_step.pattern import NMPattern
 from lightning_step.recipes import STEP, Recipe, describe
@@ -54,8 +54,8 @@ class STEPSparsityCallback(pl.Callback):
         read_every: Bring variance samples to the host, and decide, every so many optimizer steps.
         max_coordinates: Sample the variance change on about this many coordinates at most.
         verbose: Show a table at the start and at the end, and a line at every switch (rank 0).
-        monitor: Log to the trainer's loggers; what and how often is said by the `SparsityMonitor` among the trainer's
-            callbacks, if there is one. False: log nothing at all.
+        monitor: Log to the trainer's loggers. True: as often as the trainer logs; a number: every so many optimizer steps;
+            False: nothing at all. A `SparsityMonitor` among the trainer's callbacks says more.
 
     Raises:
         PatternError: If n:m is no pattern.
@@ -87,9 +87,10 @@ class STEPSparsityCallback(pl.Callback):
         read_every: int = 10,
         max_coordinates: int = 65_536,
         verbose: bool = True,
-        monitor: bool = True,
+        monitor: bool | int = True,
     ) -> None:
         check_total_steps(total_steps)
+        check_interval("monitor", monitor)
         self.pattern = NMPattern(n, m)
         self.total_steps = total_steps
         self.recipe: Recipe = STEP() if recipe is None else recipe

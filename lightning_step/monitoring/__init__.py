@@ -30,6 +30,6 @@ The norms and ``v_near_zero`` are there for every optimizer whose second moment 
 """
 
 from lightning_step.monitoring.monitor import Monitor
-from lightning_step.monitoring.options import MonitorOptions
+from lightning_step.monitoring.options import MonitorOptions, check_interval
 
-__all__ = ["Monitor", "MonitorOptions"]
+__all__ = ["Monitor", "MonitorOptions", "check_interval"]

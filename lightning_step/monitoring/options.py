@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from lightning_step.errors import ArgumentTypeError, ConfigurationError
 
-__all__ = ["MonitorOptions"]
+__all__ = ["MonitorOptions", "check_interval"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ class MonitorOptions:
 
     def __post_init__(self) -> None:
         for name in ("every", "histograms_every"):
-            _check_interval(name, getattr(self, name))
+            value = getattr(self, name)
+            if isinstance(value, bool):
+                raise ArgumentTypeError(_no_interval(name, value))
+            check_interval(name, value)
         if self.every and self.histograms_every and self.histograms_every % self.every:
             raise ConfigurationError(
                 f"Expected `histograms_every` to be a multiple of `every` (optimizer steps), but got "
@@ -66,10 +69,25 @@ class MonitorOptions:
         return MonitorOptions(**{**kept, "every": every, "histograms_every": histograms if every else 0})
 
 
-def _check_interval(name: str, value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"Expected `{name}` to be an integer (optimizer steps) or None, but got {value!r}.")
-    if value < 0:
+def check_interval(name: str, value: object) -> None:
+    """Refuse what is no number of optimizer steps.
+
+    Args:
+        name: The argument it was given as.
+        value: What was given: None and truth values are no intervals, but mean something.
+
+    Raises:
+        ArgumentTypeError: If it is something else.
+        ConfigurationError: If it is negative.
+
+    Example:
+        >>> check_interval("every", 50)
+    """
+    if value is not None and not isinstance(value, int):
+        raise ArgumentTypeError(_no_interval(name, value))
+    if value is not None and value < 0:
         raise ConfigurationError(f"Expected `{name}` >= 0 (optimizer steps; 0 for never), but got {value!r}.")
+
+
+def _no_interval(name: str, value: object) -> str:
+    return f"Expected `{name}` to be an integer (optimizer steps), but got {value!r}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +65,22 @@ def test_without_a_logger_nothing_is_measured(tiny: Any, make_trainer: Any) -> N
 
 
 @pytest.mark.parametrize(
-    ("monitor", "expected"),
+    ("argument", "monitor", "expected"),
     [
-        ([], [5, 9, 10, 15, 18]),
-        ([SparsityMonitor(every=7)], [7, 9, 14, 18]),
-        ([SparsityMonitor(every=0)], []),
+        (True, [], [5, 9, 10, 15, 18]),
+        (7, [], [7, 9, 14, 18]),
+        (True, [SparsityMonitor(every=7)], [7, 9, 14, 18]),
+        (4, [SparsityMonitor(every=7)], [7, 9, 14, 18]),
+        (8, [SparsityMonitor(per_layer=True)], [8, 9, 16, 18]),
+        (True, [SparsityMonitor(every=0)], []),
+        (0, [SparsityMonitor(every=7)], []),
     ],
-    ids=["as the trainer", "every 7", "never"],
 )
 def test_how_often_is_said_by_the_trainer_or_by_the_monitor(
-    monitor: list[Any], expected: list[int], tiny: Any, make_trainer: Any
+    argument: Any, monitor: list[Any], expected: list[int], tiny: Any, make_trainer: Any
 ) -> None:
     logger = Keeps()
-    callbacks = [*monitor, STEPSparsityCallback(recipe=SWITCHING)]
+    callbacks = [*monitor, STEPSparsityCallback(recipe=SWITCHING, monitor=argument)]
     make_trainer(*callbacks, logger=logger, log_every_n_steps=5, steps=18).fit(tiny())
     assert sorted(logger.kept) == expected
     flips = [step for step, values in logger.kept.items() if "flip_rate" in "".join(values)]
@@ -117,6 +121,48 @@ def test_two_monitors_or_one_with_nothing_to_see_are_refused(tiny: Any, make_tra
 def test_intervals_that_are_none_are_refused_at_construction(arguments: Any, error: Any, text: str) -> None:
     with pytest.raises(error, match=text):
         SparsityMonitor(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(-1, ConfigurationError), ("often", ArgumentTypeError), (0.5, ArgumentTypeError)]
+)
+def test_a_monitor_that_is_no_interval_is_refused_at_construction(value: Any, error: Any) -> None:
+    with pytest.raises(error, match=f"^Expected `monitor` .*but got {value!r}"):
+        STEPSparsityCallback(monitor=value)
+
+
+SECTION = "sparsity: {recipe: {class_path: lightning_step.SRSTE}}"
+LISTED = "trainer: {callbacks: [{class_path: lightning_step.SparsityMonitor, init_args: {every: 3, per_layer: true}}]}"
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own: no workers, no validation loop
+@pytest.mark.parametrize(
+    ("files", "steps"),
+    [([SECTION], [2, 4, 5]), ([SECTION, LISTED], [3, 5]), ([SECTION, "sparsity: {monitor: {every: 4}}"], [4, 5])],
+    ids=["section", "section and monitor", "monitor in the section"],
+)
+def test_a_configuration_file_turns_it_on_and_thins_it_out(
+    files: list[str], steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_step.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    arguments = ["fit", "--model=lightning.pytorch.demos.boring_classes.BoringModel", "--optimizer=AdamW"]
+    arguments += ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=out", "--trainer.enable_checkpointing=false"]
+    arguments += ["--trainer.max_steps=5", "--trainer.log_every_n_steps=2", "--trainer.accelerator=cpu"]
+    arguments += [
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.limit_val_batches=0",
+    ]
+    for i, text in enumerate(files):
+        (tmp_path / f"{i}.yaml").write_text(text)
+        arguments.append(f"--config={i}.yaml")
+    assert main(arguments) == 0
+    with next((tmp_path / "out").rglob("metrics.csv")).open() as file:
+        rows = [row for row in csv.DictReader(file) if row["sparsity/phase"]]
+    assert [int(row["step"]) for row in rows] == steps
+    assert ("sparsity/layer/layer.weight/v_l1" in rows[0]) == (LISTED in files)
 
 
 # No wait, no trace ------------------------------------------------------------------------------------------------------
