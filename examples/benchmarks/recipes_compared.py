@@ -1,23 +1,67 @@
-"""The rows of the comparison: a name, and the recipe it stands for."""
+"""The rows of the comparison: a name, and the recipe it stands for.
+
+`ROWS` get a rate and a lam of their own, from the task's grid. `CHANGES` change one thing in a row, at that row's rate and
+lam.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from typing_extensions import override
 
-from lightning_step import ASP, SRSTE, STEP, AtStep, AutoSwitch, Dense, Recipe, Switch
+from lightning_step import (
+    ASP,
+    SRSTE,
+    STE,
+    STEP,
+    AtStep,
+    AutoSwitch,
+    Concentration,
+    Dense,
+    DenseTail,
+    Layerwise,
+    MaskDecay,
+    Recipe,
+    RelativeNorm,
+    Staleness,
+    StructureDecay,
+    Switch,
+)
 from lightning_step.recipes import Freeze, GradientRule, Plan
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of the table."""
+class Entry:
+    """One row of the tables.
 
-    make: Callable[[float], Recipe]  # from lam
+    Args:
+        make: The recipe, from lam.
+        has_lam: Whether it has one, to be tuned.
+        masked: Whether it has a pattern.
+        optimizer: What trains it.
+        steps: How many times the task's steps.
+        of: Of a change: the row it changes.
+        lam: Of a change: the lam it sets, instead of that of its row.
+        recipe: Its legend in figures; None: its name.
+        switch: The fraction of the run at which it is made to switch.
+        frozen: Whether v is frozen, where the point is that.
+        change: What else is changed.
+    """
+
+    make: Callable[[float], Recipe]
     has_lam: bool = True
     masked: bool = True
+    optimizer: Literal["AdamW", "SGD"] = "AdamW"
+    steps: int = 1
+    of: str | None = None
+    lam: float | None = None
+    recipe: str | None = None
+    switch: float | None = None
+    frozen: bool | None = None
+    change: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,25 +84,72 @@ def step(lam: float) -> STEP:
     return STEP(lam=lam)
 
 
-PATTERNS = ("2:4", "1:8")
+def early(lam: float) -> STEP:
+    """STEP that leaves time for what comes after the switch."""
+    return STEP(AtStep(0.1), lam)
+
+
+def in_step(change: str, make: Callable[[float], Recipe]) -> Entry:
+    """A change in STEP."""
+    return Entry(make, of="STEP", recipe="STEP", change=change)
+
+
+def switching(share: float) -> Entry:
+    """STEP that is made to switch at a fraction of the run."""
+    return Entry(lambda lam: replace(step(lam), switch=AtStep(share)), of="STEP", recipe="STEP", switch=share)
+
+
+def pulling(lam: float) -> Entry:
+    """STEP with a lam that is not tuned."""
+    return Entry(step, of="STEP", lam=lam, recipe="STEP", change=f"lam {lam:g}")
+
+
+FROM_START = "STEP, masks from the start, v frozen at 30 %"
 
 ROWS = {
-    "dense": Row(lambda lam: Dense(), has_lam=False, masked=False),
-    "ASP": Row(lambda lam: ASP(), has_lam=False),
-    "SR-STE": Row(lambda lam: SRSTE(lam)),
-    "STEP": Row(step),
-    "STEP, masks from the start, v frozen at 30 %": Row(
-        lambda lam: replace(step(lam), switch=AtStep(0.3), masks_from=AtStep(0))
-    ),
+    "dense": Entry(lambda lam: Dense(), has_lam=False, masked=False),
+    "ASP": Entry(lambda lam: ASP(), has_lam=False),
+    "STE": Entry(lambda lam: STE(), has_lam=False),
+    "SR-STE": Entry(lambda lam: SRSTE(lam)),
+    "STEP": Entry(step),
+    "STEP, nothing else said": Entry(lambda lam: STEP(), has_lam=False),
+    "STEP, as in the paper": Entry(lambda lam: STEP(lam=0.0, form="paper", max_step=float("inf")), has_lam=False),
+    FROM_START: Entry(lambda lam: replace(step(lam), switch=AtStep(0.3), masks_from=AtStep(0))),
+    "STEP + StructureDecay": Entry(lambda lam: StructureDecay(early(lam), end=0.45)),
+    "STEP + MaskDecay": Entry(lambda lam: MaskDecay(early(lam), end=0.45)),
+    "STEP + DenseTail": Entry(lambda lam: DenseTail(step(lam))),
+    "STEP + Layerwise": Entry(lambda lam: Layerwise(step(lam))),
+    "SR-STE + StructureDecay": Entry(lambda lam: StructureDecay(SRSTE(lam))),
+    "SR-STE + MaskDecay": Entry(lambda lam: MaskDecay(SRSTE(lam))),
+    "SR-STE + MaskDecay, exponential": Entry(lambda lam: MaskDecay(SRSTE(lam), fading="exponential")),
+    "SR-STE + DenseTail": Entry(lambda lam: DenseTail(SRSTE(lam))),
+    "SR-STE + Layerwise": Entry(lambda lam: Layerwise(SRSTE(lam), by="erk")),
+    "dense, SGD": Entry(lambda lam: Dense(), has_lam=False, masked=False, optimizer="SGD", recipe="dense"),
+    "SR-STE, SGD": Entry(lambda lam: SRSTE(lam), optimizer="SGD", recipe="SR-STE"),
 }
 
-ABLATIONS = {
-    "switch at 10 %": Row(lambda lam: replace(step(lam), switch=AtStep(0.1))),
-    "switch at 30 %": Row(lambda lam: replace(step(lam), switch=AtStep(0.3))),
-    "v frozen for all parameters": Row(lambda lam: replace(step(lam), scope="all")),
-    "the usual lam, 2e-4": Row(lambda lam: step(2e-4), has_lam=False),
-    "the paper's preconditioner": Row(lambda lam: replace(step(lam), form="paper")),
-    "no bound on the step": Row(lambda lam: replace(step(lam), max_step=float("inf"))),
-    "v not frozen": Row(lambda lam: Parts(lam, mask=True, freezes=False)),
-    "no masks, v frozen": Row(lambda lam: Parts(lam, mask=False, freezes=True)),
+CHANGES = {
+    "dense, twice the steps": Entry(
+        lambda lam: Dense(), False, False, steps=2, of="dense", recipe="dense", change="twice the steps"
+    ),
+    **{f"switch at {share} %": switching(share / 100) for share in (5, 10, 20, 30, 40, 50, 60)},
+    "switch by AutoSwitch, geometric mean": in_step(
+        "AutoSwitch, geometric mean", lambda lam: replace(step(lam), switch=AutoSwitch(mean="geometric"))
+    ),
+    "switch by RelativeNorm": in_step("RelativeNorm", lambda lam: replace(step(lam), switch=RelativeNorm())),
+    "switch by Staleness": in_step("Staleness", lambda lam: replace(step(lam), switch=Staleness())),
+    "switch by Concentration": in_step("Concentration", lambda lam: replace(step(lam), switch=Concentration())),
+    "v frozen for all parameters": in_step("v frozen for all parameters", lambda lam: replace(step(lam), scope="all")),
+    **{f"lam {lam:g}": pulling(lam) for lam in (0.0, 1e-3, 4e-3, 1.6e-2)},
+    "the usual lam, 2e-4": replace(pulling(2e-4), change="lam 2e-4"),
+    "the paper's preconditioner": in_step("the paper's preconditioner", lambda lam: replace(step(lam), form="paper")),
+    "no bound on the step": in_step("no bound on the step", lambda lam: replace(step(lam), max_step=float("inf"))),
+    "steps of at most 1": in_step("steps of at most 1", lambda lam: replace(step(lam), max_step=1.0)),
+    "the paper's preconditioner, no bound": in_step(
+        "the paper's preconditioner, no bound", lambda lam: replace(step(lam), form="paper", max_step=float("inf"))
+    ),
+    "v not frozen": Entry(lambda lam: Parts(lam, mask=True, freezes=False), of="STEP", recipe="STEP", frozen=False),
+    "no masks, v frozen": in_step("no masks", lambda lam: Parts(lam, mask=False, freezes=True)),
 }
+
+ENTRIES = ROWS | CHANGES

@@ -1,137 +1,321 @@
-"""From finished runs to ``results.json`` and a Markdown page."""
+"""From lines of results to tables. Nothing is run, and no recipe is asked: all is in the lines."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
+import math
 import statistics
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from datetime import datetime, timezone
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes_compared import ABLATIONS, PATTERNS, ROWS
-from training import TASK, Run
+from pages import page
+from recipes_compared import ENTRIES
+from significance import Comparison, compare, detectable
+from studies import cost
 
-Results = Mapping[str, Mapping[str, Any]]
+Line = Mapping[str, Any]
+Json = dict[str, Any]
+Settings = dict[tuple[float, float | None], dict[int, Line]]  # by rate and lam, then by seed
 
-
-def best_on_one_seed(row: str, pattern: str, results: Results, count: int) -> list[Run]:
-    """The settings of a row with the lowest validation losses in the grid, best first."""
-    found = [result for result in results.values() if (result["row"], result["pattern"]) == (row, pattern)]
-    found.sort(key=lambda result: float(result["val_loss"]))
-    return [Run(row, pattern, result["rate"], result["lam"], result["seed"]) for result in found[:count]]
-
-
-def best_on_average(runs: Sequence[Run], results: Results, seeds: Sequence[int]) -> Run:
-    """The setting with the lowest mean validation loss over all seeds."""
-    return min(runs, key=lambda run: statistics.mean(_losses(run, results, seeds)))
+RIVALS = ("SR-STE", "ASP")
+SIGNIFICANT = 0.05
+ORDER = list(ENTRIES)
 
 
-def write_results(
-    folder: Path,
-    results: Results,
-    best: Mapping[tuple[str, str], Run],
-    rates: Sequence[float],
-    lams: Sequence[float],
-    seeds: Sequence[int],
-    processes: int,
-) -> str:
-    """Write both files.
+def write_report(folder: Path, lines: Sequence[Line]) -> str:
+    """Write ``results.json``, ``results.md``, and a file of results for the figures of each task.
 
     Args:
         folder: Where to.
-        results: Every run by its key.
-        best: The best setting of every row, by row and pattern.
-        rates: Rates of the grid.
-        lams: Lams of the grid.
-        seeds: All seeds; the grid was on the first.
-        processes: How many ran at a time.
+        lines: Every run, in whatever order.
 
     Returns:
         The Markdown page.
+
+    Raises:
+        SystemExit: If the lines cannot be compared with each other.
     """
-    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {processes} runs at a time, 1 thread each"
-    facts = {
-        "task": TASK,
-        "grid": {"rates": rates, "lams": lams, "seed": seeds[0]},
-        "seeds": seeds,
-        "python": platform.python_version(),
-        "machine": machine,
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-        "runs": sorted(results.values(), key=lambda result: (result["row"], result["seed"], result["val_loss"])),
-    }
-    (folder / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
-    dense = best["dense", ""]
-    changed = {name: replace(best["STEP", PATTERNS[0]], row=name) for name in ABLATIONS}
-    page = [
-        f"Validation loss in nats per character, lower is better; {TASK['steps']} steps; mean ± standard deviation over "
-        f"seeds {', '.join(map(str, seeds))}. Rate and lam of each row: of its two best settings in the grid below (seed "
-        f"{seeds[0]}), the one with the lowest mean over all seeds.\n"
-    ]
-    for pattern in PATTERNS:
-        rows = {row: run for (row, of), run in best.items() if of in (pattern, "")}
-        page += [f"**{pattern}**\n", *_table(rows, results, seeds, dense), *_one_shot(pattern, dense, results, seeds), ""]
-    page += [
-        f"One thing changed in STEP, {PATTERNS[0]}, at STEP's rate and lam:\n",
-        *_table(changed, results, seeds, dense),
-        f"\nThe grid, seed {seeds[0]}:\n",
-        *_grid(results, rates, lams, seeds[0]),
-        f"\n{machine}; Python {facts['python']}, torch {TASK['torch']}, lightning {TASK['lightning']}, lightning-step "
-        f"{TASK['lightning-step']}; {facts['date']}; `{facts['command']}`.",
-    ]
-    text = "\n".join(page) + "\n"
-    (folder / "results.md").write_text(text)
+    check(lines)
+    tasks = sorted({line["task"] for line in lines})
+    body: Json = {"facts": facts(lines), "tasks": [of_task([a for a in lines if a["task"] == task]) for task in tasks]}
+    body["summary"] = summary(body["tasks"])
+    text = page(body)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(text, encoding="utf-8")
+    for task in tasks:
+        rows = drawable([line for line in lines if line["task"] == task])
+        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return text
 
 
-def _losses(run: Run, results: Results, seeds: Sequence[int]) -> list[float]:
-    return [float(results[replace(run, seed=seed).key]["val_loss"]) for seed in seeds]
+def check(lines: Sequence[Line]) -> None:
+    """Refuse what must not stand in one table: unequal steps, models or data, and one name for two recipes."""
+    for task in {line["task"] for line in lines}:
+        own = [line for line in lines if line["task"] == task]
+        steps: dict[float, set[str]] = {}
+        for line in own:
+            steps.setdefault(line["steps"] / line["times"], set()).add(line["row"])
+        if len(steps) > 1:
+            found = {f"{count:g}": sorted(rows) for count, rows in sorted(steps.items())}
+            raise SystemExit(f"Expected the same number of steps in every row of {task}, but got {found}.")
+        same(f"the task {task}", [{**line["config"]["task"], "steps": None} for line in own])
+        for row in {line["row"] for line in own}:
+            same(f"{row!r} of {task}", [without_lam(line["config"]["recipe"]) for line in own if line["row"] == row])
 
 
-def _table(runs: Mapping[str, Run], results: Results, seeds: Sequence[int], dense: Run) -> list[str]:
-    lines = [
-        "| recipe | validation loss | above dense | per seed | rate | lam | switch after step |",
-        "|---|---|---|---|---|---|---|",
+def same(what: str, settings: Sequence[Json]) -> None:
+    """Refuse what is not everywhere the same."""
+    found = {json.dumps(setting, sort_keys=True) for setting in settings}
+    if len(found) > 1:
+        raise SystemExit(f"Expected {what} to be one thing in all results, but got {' and '.join(sorted(found))}.")
+
+
+def without_lam(recipe: Any) -> Any:
+    """A recipe but for what is tuned in it."""
+    if isinstance(recipe, Mapping):
+        return {name: without_lam(value) for name, value in recipe.items() if name != "lam"}
+    return recipe
+
+
+def facts(lines: Sequence[Line]) -> Json:
+    """Where, when and by what; several of each, if the runs were spread over several."""
+    dates = sorted(line["finished"] for line in lines if line["finished"])
+    return {
+        "runs": len(lines),
+        "hours": round(sum(line["seconds"] for line in lines) / 3600, 2),
+        "versions": distinct(line["versions"] for line in lines),
+        "commits": distinct(line["commit"] and line["commit"] + "+" * bool(line["changed"]) for line in lines),
+        "machines": distinct(line["machine"] for line in lines),
+        "dates": [dates[0][:10], dates[-1][:10]] if dates else [],
+    }
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """Each once."""
+    return [json.loads(text) for text in sorted({json.dumps(value, sort_keys=True) for value in values})]
+
+
+def of_task(lines: Sequence[Line]) -> Json:
+    """All tables of a task."""
+    groups: dict[tuple[str, str], Settings] = {}
+    for line in lines:
+        setting = groups.setdefault((line["row"], pattern_of(line)), {}).setdefault((line["lr"], line["lam"]), {})
+        setting[line["seed"]] = line
+    changes = {group for group, settings in groups.items() if any_line(settings)["of"]}
+    rows = {group: row_of(group, settings, groups.keys() - changes, groups) for group, settings in groups.items()}
+    for row in rows.values():
+        relate(row, rows)
+    patterns = sorted({pattern for _, pattern in groups if pattern}, key=narrowness)
+    order = sorted(groups, key=lambda group: (position(group[0]), narrowness(group[1])))
+    return {
+        "name": lines[0]["task"],
+        **lines[0]["metric"],
+        "steps": lines[0]["steps"] // lines[0]["times"],
+        "config": {**lines[0]["config"]["task"], "steps": None},
+        "tables": [
+            {
+                "pattern": pattern,
+                "rows": [rows[group] for group in order if group not in changes and group[1] in (pattern, "")],
+                "pruned": pruned(rows.get(("dense", "")), groups, pattern),
+            }
+            for pattern in patterns
+        ],
+        "changes": [rows[group] for group in order if group in changes],
+        "grids": [grid(group, groups[group]) for group in order if group not in changes],
+    }
+
+
+def row_of(
+    group: tuple[str, str], settings: Settings, tuned: Iterable[tuple[str, str]], groups: Mapping[Any, Settings]
+) -> Json:
+    """The best setting of a row: of those with the most seeds, the one with the lowest mean cost."""
+    (lr, lam), best = min(
+        ((setting, seeds) for setting, seeds in settings.items() if len(seeds) == max(map(len, settings.values()))),
+        key=lambda pair: (statistics.mean(map(cost, pair[1].values())), pair[0][0], pair[0][1] or 0.0),
+    )
+    scores = {seed: reported(line["scores"], line) for seed, line in sorted(best.items())}
+    line = any_line(settings)
+    like = [groups[other] for other in tuned if any_line(groups[other])["optimizer"] == line["optimizer"]]
+    rates = sorted({rate for other in like for rate, _ in other})
+    lams = sorted({one for other in like for _, one in other if one is not None})
+    return {
+        "row": group[0],
+        "pattern": group[1],
+        "of": line["of"],
+        "optimizer": line["optimizer"],
+        "higher_is_better": line["metric"]["higher_is_better"],
+        "lr": lr,
+        "lam": lam,
+        "lr_at_edge": line["of"] is None and lr in (rates[0], rates[-1]) and len(rates) > 1,
+        "lam_at_edge": line["of"] is None and lam is not None and lam in (lams[0], lams[-1]) and len(lams) > 1,
+        "tried": len(settings),
+        "possible": 1 if line["of"] else len(rates) * (1 if lam is None else len(lams)),
+        "scores": {str(seed): score for seed, score in scores.items()},
+        **spread(list(scores.values())),
+        "switch": switches(list(best.values())),
+    }
+
+
+def relate(row: Json, rows: Mapping[tuple[str, str], Json]) -> None:
+    """Add how a row stands to dense training, to its rivals, and to the row it changes."""
+    dense = rows.get(("dense, SGD" if row["optimizer"] == "SGD" else "dense", ""))
+    row["above_dense"] = None if dense is None else row["mean"] - dense["mean"]
+    others = [row["of"]] if row["of"] else [name for name in RIVALS if name != row["row"]]
+    row["against"] = {}
+    for name in others:
+        other = rows.get((name, row["pattern"])) or (rows.get((name, "")) if row["of"] else None)
+        if other is not None and (row["pattern"] or row["of"]):
+            row["against"][name] = verdict(compare(by_seed(row), by_seed(other)), row["higher_is_better"])
+    rival = rows.get((RIVALS[0], row["pattern"]))
+    row["gap_closed"] = None
+    if rival is not None and dense is not None and row["optimizer"] == rival["optimizer"] and row["row"] != RIVALS[0]:
+        gap = rival["mean"] - dense["mean"]
+        if gap < 0 if row["higher_is_better"] else gap > 0:
+            row["gap_closed"] = (rival["mean"] - row["mean"]) / gap
+
+
+def verdict(comparison: Comparison | None, higher_is_better: bool) -> Json | None:
+    """A comparison as plain values, with a word for it where it is significant."""
+    if comparison is None:
+        return None
+    word = ""
+    if comparison.p < SIGNIFICANT:
+        word = "better" if (comparison.difference > 0) == higher_is_better else "worse"
+    return {**comparison._asdict(), "verdict": word}
+
+
+def summary(tasks: Sequence[Json]) -> Json:
+    """For each row: how often it is significantly better and worse than its rivals, and how much of the gap it closes."""
+    rows = [row for task in tasks for table in task["tables"] for row in table["rows"] if row["pattern"]]
+    found = []
+    for name in sorted({row["row"] for row in rows}, key=position):
+        own = [row for row in rows if row["row"] == name]
+        gaps = [row["gap_closed"] for row in own if row["gap_closed"] is not None]
+        counts = {}
+        for rival in RIVALS:
+            words = [row["against"][rival]["verdict"] for row in own if row["against"].get(rival)]
+            counts[rival] = {"better": words.count("better"), "neither": words.count(""), "worse": words.count("worse")}
+        mean = statistics.mean(gaps) if gaps else None
+        found.append({"row": name, "compared": len(own), "against": counts, "gap_closed": mean, "gaps": len(gaps)})
+    seeds = sorted({one["seeds"] for row in rows for one in row["against"].values() if one})
+    return {
+        "rows": found,
+        "cases": len({(task["name"], table["pattern"]) for task in tasks for table in task["tables"]}),
+        "comparisons": len(compared(tasks)),
+        "power": [{"seeds": n, "detectable": round(detectable(n), 2), "least_exact": 2.0 ** (1 - n)} for n in seeds],
+    }
+
+
+def compared(tasks: Sequence[Json]) -> set[tuple[str, str, str, str]]:
+    """Every pair of rows that is compared: task, pattern, and the two names in order."""
+    return {
+        (task["name"], row["pattern"], *sorted((row["row"], other)))
+        for task in tasks
+        for row in [*task["changes"], *(row for table in task["tables"] for row in table["rows"])]
+        for other, one in row["against"].items()
+        if one
+    }
+
+
+def pruned(dense: Json | None, groups: Mapping[tuple[str, str], Settings], pattern: str) -> Json | None:
+    """The dense runs at their own best rate, pruned at the end and not trained on."""
+    if dense is None:
+        return None
+    seeds = groups["dense", ""][dense["lr"], dense["lam"]]
+    scores = {s: reported(line["pruned"][pattern], line) for s, line in sorted(seeds.items()) if pattern in line["pruned"]}
+    if not scores:
+        return None
+    values = {**spread(list(scores.values())), "scores": {str(seed): score for seed, score in scores.items()}}
+    return {"row": "dense, pruned at the end", **values, "above_dense": values["mean"] - dense["mean"], "lr": dense["lr"]}
+
+
+def grid(group: tuple[str, str], settings: Settings) -> Json:
+    """What was chosen by, of every setting on the first seed."""
+    seeds = [seed for each in settings.values() for seed in each]
+    first = max(sorted(set(seeds)), key=seeds.count)
+    values = [
+        {"lr": lr, "lam": lam, "value": each[first]["scores"][each[first]["metric"]["chosen_by"]]}
+        for (lr, lam), each in sorted(settings.items(), key=lambda pair: (pair[0][1] or 0.0, pair[0][0]))
+        if first in each
     ]
-    base = statistics.mean(_losses(dense, results, seeds))
-    for row, run in runs.items():
-        losses = _losses(run, results, seeds)
-        lam = f"{run.lam:g}" if run.lam is not None and (ROWS | ABLATIONS)[row].has_lam else ""
-        switches = _switches([results[replace(run, seed=seed).key] for seed in seeds])
-        lines.append(f"| {row} | {_cells(losses, base)} | {run.rate:g} | {lam} | {switches} |")
-    return lines
+    return {
+        "row": group[0],
+        "pattern": group[1],
+        "optimizer": any_line(settings)["optimizer"],
+        "seed": first,
+        "values": values,
+    }
 
 
-def _one_shot(pattern: str, dense: Run, results: Results, seeds: Sequence[int]) -> list[str]:
-    """The dense runs, pruned at the end and not trained on."""
-    losses = [float(results[replace(dense, seed=seed).key]["pruned"][pattern]) for seed in seeds]
-    base = statistics.mean(_losses(dense, results, seeds))
-    return [f"| dense, pruned at the end | {_cells(losses, base)} | {dense.rate:g} |  |  |"]
+def drawable(lines: Sequence[Line]) -> list[Json]:
+    """What ``lightning-step figure`` reads.
+
+    A row in which others change something stands there once more, on the other side of what they change.
+    """
+    fields = ("recipe", "n", "m", "seed", "lr", "lam", "loss", "optimizer", "switch", "frozen", "change", "losses")
+    changed = {
+        key: {(a["lr"], a["of"], a["n"], a["m"]) for a in lines if a[key] is not None} for key in ("frozen", "switch")
+    }
+    lams = {(a["of"], a["n"], a["m"]): a["lam"] for a in lines if a["frozen"] is not None or a["switch"] is not None}
+    rows = []
+    for line in sorted(lines, key=sorting):
+        row = {name: line[name] for name in fields}
+        rows.append(row)
+        at = (line["lr"], line["row"], line["n"], line["m"])
+        if line["lam"] != lams.get(at[1:]):
+            continue
+        if at in changed["frozen"]:
+            rows.append({**row, "frozen": True})
+        if at in changed["switch"] and line["switch_steps"]:
+            rows.append({**row, "switch": line["switch_steps"][0] / line["steps"]})
+    return rows
 
 
-def _cells(losses: Sequence[float], base: float) -> str:
-    mean, each = statistics.mean(losses), ", ".join(f"{loss:.4f}" for loss in losses)
-    return f"{mean:.4f} ± {statistics.stdev(losses):.4f} | {mean - base:+.4f} | {each}"
+def sorting(line: Line) -> tuple[Any, ...]:
+    """An order that does not depend on which run was finished first."""
+    return (position(line["row"]), line["row"], narrowness(pattern_of(line)), line["lr"], line["lam"] or 0.0, line["seed"])
 
 
-def _switches(results: Sequence[Mapping[str, Any]]) -> str:
+def reported(scores: Mapping[str, float], line: Line) -> float:
+    """The score that tables show."""
+    return float(scores.get(line["metric"]["reported"], math.nan))
+
+
+def spread(scores: Sequence[float]) -> Json:
+    """Mean and standard deviation; of one score, there is none."""
+    return {"mean": statistics.mean(scores), "sd": statistics.stdev(scores) if len(scores) > 1 else None}
+
+
+def switches(lines: Sequence[Line]) -> str:
     """Steps of all switches, per seed where they differ, and the rule that fired."""
-    found = {" and ".join(map(str, result["switch_steps"])) for result in results}
-    rules = {event.split("; ")[1].split(":")[0] for result in results for event in result["switches"]}
+    found = {" and ".join(map(str, line["switch_steps"])) for line in lines}
+    rules = {event.split("; ")[1].split(":")[0] for line in lines for event in line["switches"]}
     return ", ".join(sorted(found)) + (f" ({', '.join(sorted(rules))})" if rules else "")
 
 
-def _grid(results: Results, rates: Sequence[float], lams: Sequence[float], seed: int) -> list[str]:
-    head = " | ".join(f"rate {rate:g}" for rate in rates)
-    lines = [f"| recipe | n:m | lam | {head} |", "|---|---|---|" + "---|" * len(rates)]
-    for name, row in ROWS.items():
-        for pattern in PATTERNS if row.masked else ("",):
-            for lam in lams if row.has_lam else (None,):
-                cells = [f"{results[Run(name, pattern, rate, lam, seed).key]['val_loss']:.4f}" for rate in rates]
-                lines.append(f"| {name} | {pattern} | {'' if lam is None else f'{lam:g}'} | {' | '.join(cells)} |")
-    return lines
+def by_seed(row: Json) -> dict[int, float]:
+    """Scores with seeds as numbers."""
+    return {int(seed): score for seed, score in row["scores"].items()}
+
+
+def any_line(settings: Settings) -> Line:
+    """Any of a row: for what all of them have in common."""
+    return next(iter(next(iter(settings.values())).values()))
+
+
+def pattern_of(line: Line) -> str:
+    """The pattern as it is written; empty without masks."""
+    return "" if line["n"] is None else f"{line['n']}:{line['m']}"
+
+
+def narrowness(pattern: str) -> tuple[float, int]:
+    """Patterns in order: what keeps most comes first."""
+    n, m = map(int, pattern.split(":")) if pattern else (1, 1)
+    return -n / m, m
+
+
+def position(row: str) -> int:
+    """Rows in the order of the table of recipes."""
+    return ORDER.index(row) if row in ORDER else len(ORDER)

@@ -1,34 +1,24 @@
-"""One run of the comparison, from a setting to a dictionary of plain numbers."""
+"""One run of a benchmark, from a setting to a dictionary of plain numbers."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from recipes_compared import ABLATIONS, PATTERNS, ROWS
+from cells import Cell
+from torch.optim.lr_scheduler import LambdaLR
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from char_transformer import CharTransformer, TopicsDataModule
-
-from lightning_step import NMPattern, STEPSparsityCallback, __version__, apply_nm_masks, strip
-
-TASK: dict[str, Any] = {
-    "steps": 1000,
-    "model": {"width": 96, "layers": 2, "heads": 4, "context": 64},
-    "data": {"batch_size": 16, "context": 64, "batches": 100},
-    "torch": torch.__version__,
-    "lightning": pl.__version__,
-    "lightning-step": __version__,
-}
-
+from lightning_step import NMPattern, STEPSparsityCallback, apply_nm_masks, strip
+from lightning_step.errors import TargetError
 
 SILENT: dict[str, Any] = {
     "accelerator": "cpu",
@@ -39,90 +29,144 @@ SILENT: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """One setting."""
-
-    row: str
-    pattern: str  # "2:4"; "" where there are no masks
-    rate: float
-    lam: float | None
-    seed: int
-
-    @property
-    def key(self) -> str:
-        """Its name, also of its file."""
-        lam = "" if self.lam is None else f" lam {self.lam:g}"
-        pattern = f" {self.pattern.replace(':', '-')}" if self.pattern else ""
-        name = f"{self.row}{pattern} rate {self.rate:g}{lam} seed {self.seed}"
-        return name.replace(" %", "pc").replace(",", "").replace(" ", "_")
-
-
 def quiet() -> None:
     """What a worker process does first: one thread, and only warnings that are news."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # lightning 2.6 calls what torch 2.13 deprecates
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
 
 
-def train(run: Run) -> dict[str, Any]:
+def train(cell: Cell, folder: Path) -> dict[str, Any]:
     """Train one setting to the end.
 
     Args:
-        run: The setting.
+        cell: The setting.
+        folder: Where the data are.
 
     Returns:
-        The setting, the validation loss after every 100 steps and at the end, the switches, the seconds.
+        What a line of results says of the setting and of what came of it; nothing of where and when.
     """
     started = time.monotonic()
-    pl.seed_everything(run.seed, verbose=False)
-    model = CharTransformer(**TASK["model"], lr=run.rate)
-    data = TopicsDataModule(**TASK["data"], seed=run.seed)
-    recipe = (ROWS | ABLATIONS)[run.row].make(run.lam or 0.0)
-    n, m = parts(run.pattern) if run.pattern else (2, 4)  # without masks any will do
-    sparsity = STEPSparsityCallback(n, m, recipe, verbose=False)
+    pl.seed_everything(cell.seed, verbose=False)
+    task, entry = cell.task, cell.entry
+    model, data = task.make_model(cell.lr, folder), task.make_data(folder, cell.seed)
+    if entry.optimizer == "SGD":
+        under_sgd(model, cell.lr)
+    n, m = cell.sizes
+    recipe = entry.make(cell.lam or 0.0)
+    sparsity = STEPSparsityCallback(
+        n or 2,  # without masks any will do
+        m or 4,
+        recipe,
+        exclude=list(task.exclude),
+        verbose=False,
+        monitor=False,
+    )
     history = History()
-    trainer = pl.Trainer(max_steps=TASK["steps"], max_epochs=-1, callbacks=[sparsity, history], **SILENT)
-    trainer.fit(model, data)
-    [final] = trainer.validate(model, data, verbose=False)
+    trainer = pl.Trainer(
+        max_steps=cell.steps,
+        max_epochs=-1,
+        val_check_interval=task.validate_every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=[sparsity, history],
+        **SILENT,
+    )
+    trainer.fit(model, datamodule=data)
+    scores = evaluated(trainer, cell, model, data)
+    if trainer.global_step != cell.steps:
+        raise RuntimeError(f"Expected {cell.steps} optimizer steps of {cell}, but got {trainer.global_step}.")
     events = [event for sparsifier in sparsity.sparsifiers for event in sparsifier.events]
     return {
-        **asdict(run),
-        "task": TASK,
-        "val_loss": final["val_loss"],
-        "val_losses": history.losses,
-        "pruned": {} if run.pattern else pruned_losses(model, data),
+        "key": cell.key,
+        **described(cell),
+        "loss": scores["val_loss"],
+        "scores": scores,
+        "losses": history.losses,
+        "pruned": {} if entry.masked else pruned_scores(cell, model, data),
         "switches": [str(event) for event in events],
         "switch_steps": [event.step for event in events],
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
-def pruned_losses(model: CharTransformer, data: TopicsDataModule) -> dict[str, float]:
-    """Validation loss of a dense model pruned by magnitude and not trained on, for each pattern of the comparison."""
-    losses = {}
-    for pattern in PATTERNS:
+def described(cell: Cell) -> dict[str, Any]:
+    """A setting in the words of tables and figures, and as it was hashed."""
+    entry, task = cell.entry, cell.task
+    n, m = cell.sizes
+    return {
+        "task": task.name,
+        "row": cell.row,
+        "of": entry.of,
+        "recipe": entry.recipe or cell.row,
+        "n": n,
+        "m": m,
+        "seed": cell.seed,
+        "lr": cell.lr,
+        "lam": cell.lam,
+        "optimizer": entry.optimizer,
+        "steps": cell.steps,
+        "times": entry.steps,
+        "switch": entry.switch,
+        "frozen": entry.frozen,
+        "change": entry.change,
+        "metric": {
+            "chosen_by": task.metric,
+            "reported": task.reported,
+            "unit": task.unit,
+            "higher_is_better": task.higher_is_better,
+        },
+        "config": cell.config(),
+    }
+
+
+def evaluated(trainer: pl.Trainer, cell: Cell, model: pl.LightningModule, data: pl.LightningDataModule) -> dict[str, float]:
+    """Every score of the model as it is, on the validation data and, where they count, on the test data."""
+    [scores] = trainer.validate(model, datamodule=data, verbose=False)
+    if cell.task.reported.startswith("test_"):
+        [tested] = trainer.test(model, datamodule=data, verbose=False)
+        scores = {**scores, **tested}
+    return {name: float(value) for name, value in scores.items()}
+
+
+def pruned_scores(cell: Cell, model: pl.LightningModule, data: pl.LightningDataModule) -> dict[str, dict[str, float]]:
+    """Scores of a dense model pruned by magnitude and not trained on, for each pattern that fits a layer."""
+    scores = {}
+    for pattern in cell.task.pruned_to:
+        n, m = map(int, pattern.split(":"))
         pruned = copy.deepcopy(model)
         strip(pruned)  # the masks of `Dense`, which never came on
-        apply_nm_masks(pruned, NMPattern(*parts(pattern)))
-        [final] = pl.Trainer(**SILENT).validate(pruned, data, verbose=False)
-        losses[pattern] = final["val_loss"]
-    return losses
+        with suppress(TargetError):
+            apply_nm_masks(pruned, NMPattern(n, m), exclude=list(cell.task.exclude))
+            scores[pattern] = evaluated(pl.Trainer(**SILENT), cell, pruned, data)
+    return scores
 
 
-def parts(pattern: str) -> tuple[int, int]:
-    """The two numbers of a pattern as it is written."""
-    n, m = pattern.split(":")
-    return int(n), int(m)
+def under_sgd(model: pl.LightningModule, lr: float) -> None:
+    """Let SGD with momentum train a model that has Adam, under the same schedule.
+
+    Momentum and decay are those of the SR-STE paper's image classifiers.
+    """
+    setattr(model, "configure_optimizers", partial(sgd_like, model.configure_optimizers, lr))  # noqa: B010 - mypy
+
+
+def sgd_like(configure: Any, lr: float) -> dict[str, Any]:
+    """The same groups and the same schedule; groups without weight decay stay without."""
+    made: Mapping[str, Any] = configure()
+    adam, schedule = made["optimizer"], made["lr_scheduler"]
+    groups = [{"params": g["params"], "weight_decay": 1e-4 if g["weight_decay"] else 0.0} for g in adam.param_groups]
+    sgd = torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    return {"optimizer": sgd, "lr_scheduler": {**schedule, "scheduler": LambdaLR(sgd, schedule["scheduler"].lr_lambdas)}}
 
 
 class History(pl.Callback):
-    """Keeps every validation loss."""
+    """Keeps every validation loss, with the step it was measured at."""
 
     def __init__(self) -> None:
-        self.losses: list[float] = []
+        self.losses: list[list[float]] = []
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called after every validation."""
-        if not trainer.sanity_checking:
-            self.losses.append(float(trainer.callback_metrics["val_loss"]))
+        if trainer.state.fn == "fit":
+            self.losses.append([trainer.global_step, float(trainer.callback_metrics["val_loss"])])

@@ -1,0 +1,191 @@
+"""Which runs a benchmark consists of, and which of them are known already.
+
+Every row is tuned on the first seed, over the whole grid of its task. Its best settings there, `Study.finalists` of them,
+are repeated on the other seeds, and the one with the best mean is its result. Then one thing at a time is changed in it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from cells import Cell
+from recipes_compared import CHANGES, ENTRIES, FROM_START, ROWS
+from tasks import CHAR, CIFAR10, DIGITS, MULTI30K, SST2, WIKITEXT, Grid, Task
+
+Lines = Mapping[str, Mapping[str, Any]]  # results by key
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task of a study.
+
+    Args:
+        task: Which one.
+        rows: Names in `ROWS`.
+        patterns: For every row that has masks.
+        changes: Names in `CHANGES`; the rows that they change have to be in ``rows``.
+        changes_at: The pattern at which things are changed.
+    """
+
+    task: Task
+    rows: tuple[str, ...]
+    patterns: tuple[str, ...] = ("2:4", "1:8")
+    changes: tuple[str, ...] = ()
+    changes_at: str = "2:4"
+
+    def groups(self) -> list[tuple[str, str]]:
+        """Row and pattern of everything that is tuned by itself."""
+        return [(row, pattern) for row in self.rows for pattern in (self.patterns if ROWS[row].masked else ("",))]
+
+    def grid(self, row: str, pattern: str, seed: int) -> list[Cell]:
+        """Every rate, and every lam for a row that has one."""
+        entry = ROWS[row]
+        grid = self.task.grid(entry.optimizer)
+        lams = grid.lams if entry.has_lam else (None,)
+        return [Cell(self.task, row, pattern, rate, lam, seed) for rate, lam in product(grid.rates, lams)]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A benchmark.
+
+    Args:
+        parts: Its tasks.
+        seeds: The grid is on the first.
+        finalists: How many settings of each row are repeated on the other seeds.
+    """
+
+    parts: tuple[Part, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    finalists: int = 2
+
+    def only(self, names: Sequence[str]) -> Study:
+        """Some of its tasks."""
+        return replace(self, parts=tuple(part for part in self.parts if part.task.name in names))
+
+    def count(self) -> int:
+        """How many runs it is in all."""
+        total = 0
+        for part in self.parts:
+            for row, pattern in part.groups():
+                size = len(part.grid(row, pattern, self.seeds[0]))
+                total += size + min(self.finalists, size) * (len(self.seeds) - 1)
+            total += len(part.changes) * len(self.seeds)
+        return total
+
+    def cells(self, done: Lines) -> list[Cell]:
+        """Every run that is known: the grids, then what follows from those that are complete; whatever order they came in.
+
+        Args:
+            done: The results so far.
+
+        Returns:
+            The runs in the order in which to start them, those that are done among them.
+        """
+        stages: tuple[list[Cell], list[Cell], list[Cell]] = ([], [], [])
+        for part in self.parts:
+            best: dict[tuple[str, str], Cell] = {}
+            for row, pattern in part.groups():
+                grid = part.grid(row, pattern, self.seeds[0])
+                short = self.shortlist(grid, done)
+                repeated = [replace(cell, seed=seed) for cell in short for seed in self.seeds[1:]]
+                stages[0].extend(grid)
+                stages[1].extend(repeated)
+                if short and all(cell.key in done for cell in repeated):
+                    best[row, pattern] = min(short, key=lambda cell: self.mean(cell, done))
+            stages[2].extend(self.changed(part, best))
+        return [cell for stage in stages for cell in stage]
+
+    def shortlist(self, grid: Sequence[Cell], done: Lines) -> list[Cell]:
+        """The best settings of a grid, best first; none before it is complete."""
+        if any(cell.key not in done for cell in grid):
+            return []
+        return sorted(grid, key=lambda cell: cost(done[cell.key]))[: self.finalists]
+
+    def mean(self, cell: Cell, done: Lines) -> float:
+        """Mean cost of a setting over all seeds."""
+        return statistics.mean(cost(done[replace(cell, seed=seed).key]) for seed in self.seeds)
+
+    def changed(self, part: Part, best: Mapping[tuple[str, str], Cell]) -> Iterator[Cell]:
+        """One thing changed in the best setting of a row, on every seed."""
+        for row in part.changes:
+            of = CHANGES[row].of or "STEP"
+            base = best.get((of, part.changes_at if ENTRIES[of].masked else ""))
+            if base is not None:
+                yield from (replace(base.changed(row), seed=seed) for seed in self.seeds)
+
+
+def cost(line: Mapping[str, Any]) -> float:
+    """What rate and lam are chosen by, as a number of which less is better; a run that broke down is worst."""
+    value = float(line["scores"].get(line["metric"]["chosen_by"], math.nan))
+    if not math.isfinite(value):
+        return math.inf
+    return -value if line["metric"]["higher_is_better"] else value
+
+
+MAIN_ROWS = ("dense", "ASP", "STE", "SR-STE", "STEP", "STEP, nothing else said", "STEP, as in the paper", FROM_START)
+EVERY_ROW = tuple(ROWS)
+QUICK_ROWS = ("dense", "ASP", "SR-STE", "STEP", FROM_START)
+
+COMPARE = Study(
+    parts=(
+        Part(
+            CHAR.sized(pruned_to=("2:4", "1:8")),
+            rows=("dense", "ASP", "SR-STE", "STEP", FROM_START),
+            changes=(
+                "switch at 10 %",
+                "switch at 30 %",
+                "v frozen for all parameters",
+                "the usual lam, 2e-4",
+                "the paper's preconditioner",
+                "no bound on the step",
+                "v not frozen",
+                "no masks, v frozen",
+            ),
+        ),
+    )
+)
+
+QUICK = Study(
+    parts=(
+        Part(
+            CHAR.sized(
+                model={"width": 32, "layers": 2, "heads": 2, "context": 32, "warmup": 10},
+                data={"batch_size": 8, "context": 32, "batches": 100},
+                steps=200,
+                adam=Grid((8e-3, 1.6e-2), (4e-3, 3e-2)),
+            ),
+            rows=QUICK_ROWS,
+            patterns=("2:4",),
+            changes=("v not frozen",),
+        ),
+        Part(
+            DIGITS.sized(
+                model={"network": "vit", "size": "tiny", "dataset": "digits"},
+                steps=200,
+                validate_every=100,
+                adam=Grid((4e-3, 1.6e-2), (4e-3, 3e-2)),
+            ),
+            rows=QUICK_ROWS,
+            patterns=("2:4",),
+        ),
+    ),
+    finalists=1,
+)
+
+MAIN = Study(
+    parts=(
+        Part(CHAR, rows=EVERY_ROW, patterns=("2:4", "1:4", "1:8", "1:16"), changes=tuple(CHANGES)),
+        *(
+            Part(task, rows=MAIN_ROWS, changes=("dense, twice the steps", "v not frozen"))
+            for task in (CIFAR10, MULTI30K, SST2, WIKITEXT, DIGITS)
+        ),
+    )
+)
+
+STUDIES = {"compare": COMPARE, "quick": QUICK, "main": MAIN}

@@ -1,0 +1,230 @@
+"""What recipes are compared on: each of the example programs, in a size for one to two minutes on one core.
+
+A task is plain data, so that it can be hashed and sent to a worker: which classes of `examples/`, with which arguments, for
+how many steps, and what is measured. Adding one means adding one entry.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is tried for every recipe alike."""
+
+    rates: tuple[float, ...]
+    lams: tuple[float, ...]
+
+
+# SGD's rates are other ones, so its rows have a grid of their own, of the same size.
+SGD = Grid((3e-2, 1e-1, 3e-1, 1.0), (2e-4, 1e-3, 4e-3))
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A model, its data, and what is measured. Tasks are told apart by who they are, so that runs of them can be hashed.
+
+    Args:
+        name: Its name in results.
+        module: The program in `examples/`, without ``.py``.
+        model_class: Its LightningModule, which takes ``lr``.
+        data_class: Its LightningDataModule.
+        model: Other arguments of the model. ``{data}`` in a string is the data folder, here and below.
+        data: Arguments of the data.
+        steps: Optimizer steps of a run, whatever the recipe; a dense phase counts.
+        validate_every: Optimizer steps between validations, for the curves.
+        adam: Rates and lams for recipes under AdamW.
+        sgd: The same under SGD.
+        metric: What rate and lam are chosen by.
+        reported: What is in the tables: something of the test data, where there are some.
+        unit: Of what is reported.
+        higher_is_better: Of both.
+        exclude: Globs of tensors that are left dense.
+        seeded: Whether the data take the seed, too.
+        pruned_to: Patterns a dense model is pruned to at the end, for comparison.
+        needs: Libraries, by the name they are imported as.
+        files: Files that have to be there, relative to the data folder.
+        fetch: What to do if they are not.
+    """
+
+    name: str
+    module: str
+    model_class: str
+    data_class: str
+    model: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 1000
+    validate_every: int = 100
+    adam: Grid = Grid((5e-4, 1e-3, 2e-3, 4e-3), (2e-4, 4e-3, 1.6e-2))
+    sgd: Grid = SGD
+    metric: str = "val_loss"
+    reported: str = "val_loss"
+    unit: str = "validation loss"
+    higher_is_better: bool = False
+    exclude: tuple[str, ...] = ()
+    seeded: bool = False
+    pruned_to: tuple[str, ...] = ("2:4", "1:8")
+    needs: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    fetch: str = ""
+
+    def make_model(self, lr: float, folder: Path) -> pl.LightningModule:
+        """The model, with random weights that depend on the global seed."""
+        kind = getattr(import_module(self.module), self.model_class)
+        model: pl.LightningModule = kind(**located(self.model, folder), lr=lr)
+        return model
+
+    def make_data(self, folder: Path, seed: int) -> pl.LightningDataModule:
+        """The data, of which nothing is read yet."""
+        kind = getattr(import_module(self.module), self.data_class)
+        own = {"seed": seed} if self.seeded else {}
+        data: pl.LightningDataModule = kind(**located(self.data, folder), **own)
+        return data
+
+    def grid(self, optimizer: str) -> Grid:
+        """The rates and lams of recipes under an optimizer."""
+        return self.sgd if optimizer == "SGD" else self.adam
+
+    def missing(self, folder: Path) -> str | None:
+        """Why it cannot be run here, and what to do; None if it can."""
+        libraries = [name for name in self.needs if find_spec(name) is None]
+        if libraries:
+            return (
+                f"needs {', '.join(libraries)}: pip install {' '.join(INSTALLED_AS.get(name, name) for name in libraries)}"
+            )
+        absent = [str(folder / file) for file in self.files if not (folder / file).exists()]
+        return f"expected {', '.join(absent)}. {self.fetch}" if absent else None
+
+    def config(self) -> dict[str, Any]:
+        """What a run depends on, as plain values."""
+        return {
+            "name": self.name,
+            "model": {"class": f"{self.module}.{self.model_class}", **self.model},
+            "data": {"class": f"{self.module}.{self.data_class}", **self.data},
+            "steps": self.steps,
+            "exclude": list(self.exclude),
+        }
+
+    def sized(self, **changes: Any) -> Task:
+        """The same with other values of some fields."""
+        return replace(self, **changes)
+
+
+INSTALLED_AS = {"sklearn": "scikit-learn"}
+
+
+def located(arguments: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Arguments with the data folder in its place."""
+    return {k: v.replace("{data}", str(folder)) if isinstance(v, str) else v for k, v in arguments.items()}
+
+
+CHAR = Task(
+    name="char",
+    module="char_transformer",
+    model_class="CharTransformer",
+    data_class="TopicsDataModule",
+    model={"width": 96, "layers": 2, "heads": 4, "context": 64},
+    data={"batch_size": 16, "context": 64, "batches": 100},
+    adam=Grid((2e-3, 4e-3, 8e-3, 1.6e-2), (4e-3, 1.6e-2, 6.4e-2)),
+    unit="validation loss in nats per character",
+    seeded=True,
+    pruned_to=("2:4", "1:4", "1:8", "1:16"),
+)
+
+DIGITS = Task(
+    name="digits",
+    module="cifar",
+    model_class="ImageClassifier",
+    data_class="ImageData",
+    model={"network": "vit", "size": "small", "dataset": "digits"},
+    data={"dataset": "digits", "batch_size": 32},
+    metric="val_accuracy",
+    reported="test_accuracy",
+    unit="test accuracy",
+    higher_is_better=True,
+    needs=("sklearn", "transformers"),
+)
+
+CIFAR10 = Task(
+    name="cifar10",
+    module="cifar",
+    model_class="ImageClassifier",
+    data_class="ImageData",
+    model={"network": "resnet18", "size": "small", "dataset": "cifar10"},
+    data={"dataset": "cifar10", "folder": "{data}/cifar", "batch_size": 64, "train": 10_000},
+    steps=600,
+    validate_every=600,
+    metric="val_accuracy",
+    reported="test_accuracy",
+    unit="test accuracy",
+    higher_is_better=True,
+    needs=("transformers",),
+    files=("cifar/cifar-10-batches-py/data_batch_1",),
+    fetch="Fetch https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz and unpack it there.",
+)
+
+MULTI30K = Task(
+    name="multi30k",
+    module="translation",
+    model_class="Translator",
+    data_class="TranslationData",
+    model={"size": "small", "vocabulary": 4000, "warmup": 100, "beams": 1, "longest": 40},
+    data={"folder": "{data}/multi30k", "vocabulary": 4000, "batch_size": 64, "longest": 40},
+    steps=800,
+    validate_every=800,
+    metric="val_bleu",
+    reported="test_bleu",
+    unit="test BLEU",
+    higher_is_better=True,
+    needs=("transformers", "sacrebleu"),
+    files=tuple(f"multi30k/{part}.{language}" for part in ("train", "val", "test") for language in ("de", "en")),
+    fetch="Fetch the files of https://github.com/multi30k/dataset/tree/master/data/task1/raw, unpacked, under these names.",
+)
+
+SST2 = Task(
+    name="sst2",
+    module="glue_bert",
+    model_class="GlueClassifier",
+    data_class="GlueData",
+    model={"task": "SST-2", "pretrained": None, "size": "small"},
+    data={"task": "SST-2", "folder": "{data}/glue", "tokenizer": "{data}/bert", "longest": 48, "train": 32_000},
+    steps=800,
+    validate_every=400,
+    metric="val_accuracy",
+    reported="val_accuracy",
+    unit="accuracy on the development file",
+    higher_is_better=True,
+    needs=("transformers",),
+    files=("glue/SST-2/train.tsv", "glue/SST-2/dev.tsv", "bert/vocab.txt"),
+    fetch="Fetch SST-2 from https://gluebenchmark.com/tasks, and vocab.txt of google-bert/bert-base-uncased.",
+)
+
+WIKITEXT = Task(
+    name="wikitext",
+    module="gpt2_wikitext",
+    model_class="LanguageModel",
+    data_class="WikiText",
+    model={"pretrained": None, "size": "small", "vocabulary": 4000, "context": 64, "dropout": 0.0},
+    data={"folder": "{data}/wikitext-103", "tokenizer": None, "vocabulary": 4000, "context": 64, "batch_size": 16},
+    steps=800,
+    validate_every=400,
+    metric="val_perplexity",
+    reported="test_perplexity",
+    unit="test perplexity per subword",
+    needs=("transformers",),
+    files=tuple(f"wikitext-103/wiki.{part}.tokens" for part in ("train", "valid", "test")),
+    fetch="Fetch WikiText-2 or WikiText-103 and put their .tokens files there.",
+)
+
+TASKS = {task.name: task for task in (CHAR, DIGITS, CIFAR10, MULTI30K, SST2, WIKITEXT)}
