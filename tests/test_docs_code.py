@@ -29,6 +29,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 import lightning_step
 from lightning_step.cli import main
 from lightning_step.commands import COMMANDS
+from lightning_step.reports.command import REPORT_COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -138,7 +139,7 @@ def check_ours(words: list[str]) -> None:
     if len(words) == 1 or words[1].startswith("-"):
         assert main(["--help"]) == 0
         return
-    assert words[1] in COMMANDS.keys() | LIGHTNING_COMMANDS, words
+    assert words[1] in COMMANDS.keys() | REPORT_COMMANDS.keys() | LIGHTNING_COMMANDS, words
     options = [word.partition("=")[0] for word in words[2:] if word.startswith("--")]
     if words[1] in LIGHTNING_COMMANDS:
         assert all(option == "--config" or re.match(r"--(trainer|model|data|\w+)\b", option) for option in options), words
@@ -214,7 +215,7 @@ class Runner:
     def _yaml(self, block: Block) -> None:
         if block.title is not None:
             return  # a command of the page reads it; see below
-        from lightning_step.sparsity_cli import SparsityCLI
+        from lightning_step.cli import SparsityCLI
 
         (self.folder / "block.yaml").write_text(block.text, encoding="utf-8")
         quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.fast_dev_run=true"]
