@@ -22,7 +22,7 @@ __all__ = ["Block", "Section", "sections"]
 Block = Markup | Picture | list[Picture]
 """Text, a picture over the whole width, or small pictures beside each other."""
 
-MAX_COMPARED = 40  # scalars; of more, nobody would look at all
+MAX_COMPARED = 24  # scalars; of more, nobody would look at all
 _STYLES = ("-", "--", ":", "-.")
 _MASKS = {
     "flip_rate": "Share of the mask that changed in the last logged step. It should fall: masks settle.",
