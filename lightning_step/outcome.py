@@ -75,7 +75,8 @@ def sheet_of_outcome(sparsifiers: Sequence[Sparsifier]) -> Sheet:
 
 
 def _head(sparsifiers: Sequence[Sparsifier], rows: Sequence[_Row]) -> str:
-    steps = f"{' and '.join(f'{sparsifier.t:,}' for sparsifier in sparsifiers)} optimizer steps"
+    taken = [sparsifier.t for sparsifier in sparsifiers]
+    steps = f"{' and '.join(f'{t:,}' for t in taken)} optimizer step{'s' * (taken != [1])}"
     if not any(row.on for row in rows):
         return f"{steps}, masks never came on"
     # Shapes of whole tensors: what is counted may be weighed by the number of processes.
