@@ -77,6 +77,13 @@ def test_every_loss_that_the_text_speaks_of_comes_from_the_committed_comparison(
     assert spoken - known == {"0.999"}
 
 
+def test_all_results_are_on_the_page_of_benchmarks() -> None:
+    page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    results = sorted(path.relative_to(DOCS.parent).as_posix() for path in RESULTS.parents[1].rglob("results.md"))
+    assert results
+    assert [path for path in results if f'--8<-- "{path}"' not in page] == []
+
+
 @pytest.mark.parametrize("tool", [ModelPruning, WeightNormSparsifier])
 def test_arguments_of_other_tools_are_called_what_they_are_called_there(tool: type) -> None:
     text = (DOCS / "coming-from.md").read_text(encoding="utf-8")
