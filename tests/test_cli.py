@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import lightning_step
-from lightning_step import load_sparse
+from lightning_step import STEP, Concentration, DenseTail, Layerwise, MaskDecay, StructureDecay, load_sparse
 from lightning_step.cli import main
+from lightning_step.export import read_manifest
+from lightning_step.recipes import describe
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(lightning_step.__file__).parents[1]
@@ -137,6 +139,36 @@ def test_an_error_of_ours_is_one_line_and_status_1(changed, error, configure, tm
     assert line.startswith(f"error: {error}")
 
 
+NESTED = """{n: 1, m: 4, recipe: {class_path: lightning_step.StructureDecay, init_args: {end: 9, recipe: {
+  class_path: lightning_step.Layerwise, init_args: {by: erk, uses: {"*": 2}, recipe: {
+    class_path: lightning_step.MaskDecay, init_args: {end: 0.75, fading: exponential, recipe: {
+      class_path: lightning_step.STEP, init_args: {lam: 0.01, switch: {
+        class_path: lightning_step.Concentration, init_args: {window: 3, t_min: 0, t_max: 5}}}}}}}}}}}"""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("sparsity", "recipe"),
+    [
+        (
+            NESTED,
+            StructureDecay(
+                Layerwise(
+                    MaskDecay(STEP(Concentration(window=3, t_min=0, t_max=5), lam=0.01), end=0.75, fading="exponential"),
+                    by="erk",
+                    uses={"*": 2},
+                ),
+                end=9,
+            ),
+        ),
+        ("{n: 1, m: 4, recipe: {class_path: lightning_step.DenseTail}}", DenseTail()),
+    ],
+)
+def test_wrappers_nest_in_yaml(sparsity, recipe, configure, tmp_path):
+    assert main(configure(sparsity=sparsity)) == 0
+    assert read_manifest(tmp_path / "out" / "model.safetensors").info["recipe"] == describe(recipe)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("model", "error"), [("Broken", ValueError), ("BrokenWhileHandling", ValueError), ("BrokenInTraining", TypeError)]
@@ -165,8 +197,10 @@ def test_every_configuration_says_how_to_run_it():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: Path(command[-1]).stem)
-def test_the_command_at_the_head_of_a_configuration_runs(command, tmp_path, monkeypatch):
+def test_the_command_at_the_head_of_a_configuration_runs(command, tiny_files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # relative paths in it lead here
+    for folder in tiny_files.iterdir():
+        (tmp_path / folder.name).symlink_to(folder)
     monkeypatch.syspath_prepend(ROOT)  # what the working directory is to a user: where `examples` is found
     arguments = [str(ROOT / word) if word.startswith("examples/") else word for word in command]
     assert main([*arguments, "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]) == 0

@@ -35,7 +35,8 @@ class Layerwise(Wrapper):
     """Choose n for every tensor when masks begin; m stays, and the budget is shared by all tensors of an optimizer.
 
     The n to choose from are powers of two, the tensor's own, and m. A weight after some dense training says more than a
-    random one: with masks from the first step on, ``"search"`` and ``"magnitude"`` are for pretrained models.
+    random one: with masks from the first step on, ``"search"`` and ``"magnitude"`` are for pretrained models. With n = 1 and
+    its own budget there is nothing to share out: 2:16 costs what 1:8 does and leaves a choice.
 
     Args:
         recipe: How the masks are learned.
@@ -81,14 +82,9 @@ class Layerwise(Wrapper):
 
     def _allocate(self, names: Sequence[str], layers: Sequence[Layer]) -> list[NMPattern]:
         used = [layer._replace(uses=self._uses(name)) for name, layer in zip(names, layers, strict=True)]
-        dense, given, least = (
-            sum(cost(layer, n(layer)) for layer in used)
-            for n in (
-                lambda layer: layer.pattern.m,
-                lambda layer: layer.pattern.n,
-                lambda layer: choices_of(layer.pattern)[0],
-            )
-        )
+        dense = sum(cost(layer, layer.pattern.m) for layer in used)
+        given = sum(cost(layer, layer.pattern.n) for layer in used)
+        least = sum(cost(layer, choices_of(layer.pattern)[0]) for layer in used)
         budget = given if self.budget is None else self.budget * dense
         if least > budget * (1 + 1e-9):
             raise ConfigurationError(

@@ -34,18 +34,15 @@ from lightning_step import (
     STEP,
     AtStep,
     AutoSwitch,
-    Concentration,
     Dense,
-    Layerwise,
-    MaskDecay,
     NMPattern,
     Sparsifier,
-    StructureDecay,
     apply_nm_masks,
     nm_masks,
     strip,
 )
 from lightning_step.export import export_model
+from lightning_step.recipes import Concentration, Layerwise, MaskDecay, StructureDecay
 
 STEPS = 14
 RECIPES = {
