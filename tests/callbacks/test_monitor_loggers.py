@@ -245,7 +245,7 @@ def test_a_batch_of_a_step_that_was_logged_before_the_resume_is_not_logged_again
 
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 7:  # two steps and one batch
+            if batch_idx == 6:  # two steps and one batch
                 trainer.save_checkpoint(tmp_path / "mid.ckpt")
 
     loader = torch.utils.data.DataLoader(torch.zeros(12))
