@@ -194,7 +194,8 @@ class STEPSparsityCallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called last in every stage. Takes the hooks off the optimizers, masks stay; shows the end table after a fit."""
         self._end(pl_module)
-        self._console.close(trainer)
+        if stage == "fit":
+            self._console.close(trainer)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -110,6 +110,21 @@ def test_a_fit_that_is_broken_off_has_no_end_table_and_the_next_one_has_its_own(
     assert [m.split(",")[0] for m in caplog.messages if END in m] == ["4 optimizer steps"]
 
 
+class FailsAtTheEnd(Callback):
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        raise ZeroDivisionError
+
+
+def test_a_fit_that_fails_after_training_leaves_its_table_to_no_other_stage(
+    tiny: Any, make_trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback, module = STEPSparsityCallback(recipe=STEP(AtStep(5))), tiny()
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(callback, FailsAtTheEnd()).fit(module)
+    make_trainer(callback, limit_val_batches=1).validate(module, verbose=False)
+    assert not any(END in m for m in caplog.messages)
+
+
 @pytest.mark.filterwarnings("ignore")  # the finder's own
 def test_a_tuner_before_the_fit_has_no_table_of_its_own(
     tiny: Any, make_trainer: Any, caplog: pytest.LogCaptureFixture
