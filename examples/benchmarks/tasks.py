@@ -52,6 +52,7 @@ class Task:
         higher_is_better: Of both.
         exclude: Globs of tensors that are left dense.
         seeded: Whether the data take the seed, too.
+        batches: Most batches of validation and test data that are looked at; None: all.
         pruned_to: Patterns a dense model is pruned to at the end, for comparison.
         needs: Libraries, by the name they are imported as.
         files: Files that have to be there, relative to the data folder.
@@ -74,6 +75,7 @@ class Task:
     higher_is_better: bool = False
     exclude: tuple[str, ...] = ()
     seeded: bool = False
+    batches: int | None = None
     pruned_to: tuple[str, ...] = ("2:4", "1:8")
     needs: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
@@ -114,6 +116,7 @@ class Task:
             "data": {"class": f"{self.module}.{self.data_class}", **self.data},
             "steps": self.steps,
             "exclude": list(self.exclude),
+            **({} if self.batches is None else {"batches": self.batches}),
         }
 
     def sized(self, **changes: Any) -> Task:
@@ -161,10 +164,11 @@ CIFAR10 = Task(
     module="cifar",
     model_class="ImageClassifier",
     data_class="ImageData",
-    model={"network": "resnet18", "size": "small", "dataset": "cifar10"},
+    model={"network": "resnet18", "size": "tiny", "dataset": "cifar10"},
     data={"dataset": "cifar10", "folder": "{data}/cifar", "batch_size": 64, "train": 10_000},
     steps=600,
     validate_every=600,
+    batches=64,
     metric="val_accuracy",
     reported="test_accuracy",
     unit="test accuracy",

@@ -20,14 +20,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_step import NMPattern, STEPSparsityCallback, apply_nm_masks, strip
 from lightning_step.errors import TargetError
 
-SILENT: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
-
 
 def quiet() -> None:
     """What a worker process does first: one thread, and only warnings that are news."""
@@ -71,7 +63,7 @@ def train(cell: Cell, folder: Path) -> dict[str, Any]:
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         callbacks=[sparsity, history],
-        **SILENT,
+        **silent(cell),
     )
     trainer.fit(model, datamodule=data)
     scores = evaluated(trainer, cell, model, data)
@@ -139,7 +131,7 @@ def pruned_scores(cell: Cell, model: pl.LightningModule, data: pl.LightningDataM
         strip(pruned)  # the masks of `Dense`, which never came on
         with suppress(TargetError):
             apply_nm_masks(pruned, NMPattern(n, m), exclude=list(cell.task.exclude))
-            scores[pattern] = evaluated(pl.Trainer(**SILENT), cell, pruned, data)
+            scores[pattern] = evaluated(pl.Trainer(**silent(cell)), cell, pruned, data)
     return scores
 
 
@@ -158,6 +150,19 @@ def sgd_like(configure: Any, lr: float) -> dict[str, Any]:
     groups = [{"params": g["params"], "weight_decay": 1e-4 if g["weight_decay"] else 0.0} for g in adam.param_groups]
     sgd = torch.optim.SGD(groups, lr=lr, momentum=0.9)
     return {"optimizer": sgd, "lr_scheduler": {**schedule, "scheduler": LambdaLR(sgd, schedule["scheduler"].lr_lambdas)}}
+
+
+def silent(cell: Cell) -> dict[str, Any]:
+    """What every trainer is told."""
+    return {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "limit_val_batches": cell.task.batches,
+        "limit_test_batches": cell.task.batches,
+    }
 
 
 class History(pl.Callback):
