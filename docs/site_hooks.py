@@ -49,6 +49,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         start = posixpath.dirname(page.file.src_uri) or "."
         return f"[{match[1]}]({posixpath.relpath(f'source/{path}.md', start)}{line_of(path, match[1])})"
 
+    # Without a prompt, a console block would be coloured as if it were all output.
+    markdown = re.sub(r"^```console$", "```bash", markdown, flags=re.MULTILINE)
     return LINK.sub(local, markdown.replace("[[names]]", table_of_names()))
 
 
