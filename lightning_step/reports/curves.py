@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_step.figures import Curve, VarianceLog, blank_figure, draw_variance
-from lightning_step.reports.drawing import COLOURS, INK, draw_curve, drawable, dress, label, legend_below
+from lightning_step.reports.drawing import COLOURS, INK, draw_curve, drawable, dress, label, legend_below, legend_columns
 from lightning_step.reports.firings import Verdict
 from lightning_step.reports.groups import Mark, MaskedGroup
 
@@ -65,14 +65,14 @@ def draw_lines(lines: Sequence[Line], ylabel: str, size: tuple[float, float] = (
         >>> draw_lines(lines, "norm of v").axes[0].get_yscale()
         'log'
     """
-    columns = 2 if size[0] < 7 else 4
+    columns = legend_columns([label(line.name) for line in lines], size[0], 4)
     figure = blank_figure(size[0], size[1] + 0.22 * math.ceil(len(lines) / columns))
     axes = figure.add_subplot()
     dress(axes, ylabel)
     for line in lines:
         draw_curve(axes, line.curve, line.name, line.colour, line.width, line.style)
     _choose_scale(axes, [value for line in lines for value in line.curve.values])
-    legend_below(figure, columns)
+    legend_below(figure, 4)
     return figure
 
 

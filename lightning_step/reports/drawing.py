@@ -1,34 +1,35 @@
-"""What all figures of a report share: colours, names in them, curves thinned for drawing, and SVG for a page."""
+"""What all figures of a report share: colours, names in them, and curves thinned for drawing."""
 
 from __future__ import annotations
 
-import io
 import math
-import os
-import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
-from xml.etree import ElementTree
 
-from lightning_step.errors import ConfigurationError
-from lightning_step.export import check_writable
 from lightning_step.figures import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "INK", "draw_curve", "drawable", "dress", "inline_svg", "label", "legend_below", "save_figure", "thin"]
+__all__ = [
+    "COLOURS",
+    "GRID",
+    "INK",
+    "MUTED",
+    "PAPER",
+    "draw_curve",
+    "drawable",
+    "dress",
+    "label",
+    "legend_below",
+    "legend_columns",
+    "thin",
+]
 
 INK, MUTED, GRID, PAPER = "#1f2933", "#5f6b76", "#dddddd", "#ffffff"
 COLOURS = ("#1f6fb4", "#d9730d", "#2a8c5a", "#b5403a", "#7d5ba6", "#8c6d46", "#c2528b", "#3c8f9b")
 POINTS = 600  # of one curve in one figure, about one per pixel
-_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", "#000000": "ink"}
-_VARIABLES |= {colour: f"series-{i}" for i, colour in enumerate(COLOURS)}
-_VARIABLES |= {"#9bb8d3": "pale", "#1f4e79": "strong", "#c0392b": "limit", "#2e7d32": "switch"}  # of the variance figure
 
 
 def label(text: str, longest: int = 48) -> str:
@@ -151,12 +152,31 @@ def dress(axes: Axes, ylabel: str = "", xlabel: str = "step") -> None:
     axes.tick_params(colors=INK, which="both")
 
 
+def legend_columns(names: Iterable[str], width: float, most: int) -> int:
+    """How many names of a legend have room beside each other.
+
+    Args:
+        names: As `label` gives them.
+        width: Of the figure, in inches.
+        most: At most so many.
+
+    Returns:
+        A number of columns, 1 or more.
+
+    Example:
+        >>> legend_columns(["dense", "step"], 5.5, 4), legend_columns(["x" * 40], 5.5, 4)
+        (4, 1)
+    """
+    needed = 45 + 6.3 * max(map(len, names), default=0)  # points: the line, and about so much for a letter
+    return max(1, min(most, int(72 * width / needed)))
+
+
 def legend_below(figure: Figure, columns: int = 3) -> None:
     """One legend for all axes, below them; of equal names the first counts.
 
     Args:
         figure: The figure.
-        columns: Names side by side.
+        columns: At most so many names beside each other.
 
     Example:
         >>> from lightning_step.figures import blank_figure
@@ -167,85 +187,5 @@ def legend_below(figure: Figure, columns: int = 3) -> None:
     """
     handles = {text: line for axes in figure.axes for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     if handles:
-        figure.legend(
-            [*handles.values()], [*handles], loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK
-        )
-
-
-def inline_svg(figure: Figure, key: str, alt: str) -> str:
-    """A figure as an element of a page, whose style sheet gives its colours (``--ink``, ``--series-0``, ...).
-
-    Args:
-        figure: The figure.
-        key: Goes before every id, so that two figures of a page do not share one.
-        alt: What it shows, for those who do not see it.
-
-    Returns:
-        One ``svg`` element without links to anywhere.
-
-    Example:
-        >>> from lightning_step.figures import blank_figure
-        >>> inline_svg(blank_figure(4, 3), "loss", "Loss")[:38]
-        '<svg role="img" aria-label="Loss" view'
-    """
-    content = io.StringIO()
-    with _saving("none"):  # text as text, in the page's own font
-        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
-    svg = ElementTree.fromstring(content.getvalue())
-    for element in list(svg.iter()):  # in a page, no element needs a namespace
-        element.tag = element.tag.rpartition("}")[2]
-        for child in [child for child in element if child.tag.endswith(("}metadata", "}style"))]:
-            element.remove(child)
-        named = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
-        element.attrib = {name: _for_a_page(name, value, key) for name, value in named.items()}
-    svg.attrib = {"role": "img", "aria-label": alt, "viewBox": svg.attrib["viewBox"]}  # the page gives the size
-    return ElementTree.tostring(svg, encoding="unicode")
-
-
-def _for_a_page(attribute: str, value: str, key: str) -> str:
-    """An attribute with colours and font of the page, and with ids of its own."""
-    if attribute == "id":
-        return f"{key}-{value}"
-    if attribute == "style":
-        value = re.sub("#[0-9a-f]{6}", lambda m: f"var(--{_VARIABLES[m[0]]})" if m[0] in _VARIABLES else m[0], value)
-        value = re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1", value)
-        return re.sub(r"font-family: [^;]*;? ?", "", value)
-    return re.sub(r"^(#|url\(#)", rf"\1{key}-", value)
-
-
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write a figure to a file.
-
-    Args:
-        figure: The figure.
-        path: The file; its ending says in which format. Missing folders are made.
-
-    Returns:
-        The path.
-
-    Raises:
-        ConfigurationError: If it cannot be written, or nobody knows the format.
-
-    Example:
-        >>> import tempfile
-        >>> from lightning_step.figures import blank_figure
-        >>> save_figure(blank_figure(4, 3), tempfile.mkdtemp() + "/empty.png").name
-        'empty.png'
-    """
-    path = check_writable(path)
-    known = sorted(figure.canvas.get_supported_filetypes())
-    if path.suffix[1:].lower() not in known:
-        raise ConfigurationError(f"Expected a file name that ends in one of {known}, but got {str(path)!r}.")
-    with _saving("path"):  # looks the same wherever it is shown
-        figure.savefig(path, facecolor=PAPER, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-    return path
-
-
-@contextmanager
-def _saving(text: str) -> Iterator[None]:
-    import matplotlib as mpl
-
-    # The salt makes the same figure the same bytes.
-    with mpl.rc_context({"svg.fonttype": text, "svg.hashsalt": "lightning-step"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # names may hold any character
-        yield
+        room = legend_columns(handles, figure.get_figwidth(), columns)
+        figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=room, frameon=False, labelcolor=INK)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_step.errors import ConfigurationError
 from lightning_step.reports.curves import Line, draw_lines, draw_switch
-from lightning_step.reports.drawing import COLOURS, save_figure
+from lightning_step.reports.drawing import COLOURS
 from lightning_step.reports.firings import setting_of, verdicts
 from lightning_step.reports.groups import masked_groups
 from lightning_step.reports.losses import is_validation, loss_curves
 from lightning_step.reports.quality import draw_frozen, draw_losses, draw_patterns, draw_switch_points
 from lightning_step.reports.results import Result, read_results
 from lightning_step.reports.runs import Run, read_runs
+from lightning_step.reports.saving import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

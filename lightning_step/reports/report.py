@@ -11,10 +11,10 @@ from lightning_step.errors import ConfigurationError
 from lightning_step.export import atomic_write, check_writable
 from lightning_step.figures import blank_figure
 from lightning_step.reports.curves import Picture
-from lightning_step.reports.drawing import save_figure
 from lightning_step.reports.html import Markup, figure, figures, paragraph, problems, render
 from lightning_step.reports.page import Block, Section, sections
 from lightning_step.reports.runs import Run, read_runs
+from lightning_step.reports.saving import save_figure
 from lightning_step.version import __version__
 
 __all__ = ["write_report"]
@@ -87,7 +87,8 @@ def _not_finite(run: Run) -> list[str]:
     for tag, curve in run.log.scalars.items():
         bad = [step for step, value in zip(*curve, strict=True) if value - value != 0]  # of NaN and infinity only
         if bad:
-            found.append(f"{tag} was NaN or infinite {len(bad):,} times, first at step {bad[0]:,}")
+            times = f"{len(bad):,} time{'s' * (len(bad) != 1)}"
+            found.append(f"{tag} was NaN or infinite {times}, first at step {bad[0]:,}")
     return found[:10]
 
 

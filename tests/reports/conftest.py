@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -81,3 +82,11 @@ def train(root: Path, name: str, recipe: Recipe, every: int = 1) -> Path:
     )
     trainer.fit(Tiny())
     return root / name
+
+
+def colours(path: Path) -> int:
+    """How many colours a picture has."""
+    from matplotlib.image import imread
+
+    pixels = np.ascontiguousarray((imread(path) * 255).astype(np.uint8))  # (height, width, 4)
+    return len(np.unique(pixels.view(np.uint32)))

@@ -6,8 +6,7 @@ import pytest
 
 from lightning_step.errors import ConfigurationError
 from lightning_step.reports import FIGURES, write_figure
-from tests.reports.conftest import Write
-from tests.reports.test_drawing import colours
+from tests.reports.conftest import Write, colours
 
 RESULTS = Path(__file__).parents[2] / "examples" / "benchmarks" / "results" / "compare" / "results.jsonl"
 STEPS = range(5, 31, 5)

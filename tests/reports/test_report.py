@@ -14,8 +14,7 @@ import pytest
 from lightning_step import ASP, SRSTE, STE, STEP, AtStep, AutoSwitch, Dense
 from lightning_step.errors import ConfigurationError
 from lightning_step.reports import write_report
-from tests.reports.conftest import NASTY, Write, train
-from tests.reports.test_drawing import colours
+from tests.reports.conftest import NASTY, Write, colours, train
 from tests.reports.test_html import Checker, check_page
 
 SECTIONS = ["Summary", "The switch", "Loss by phase", "Masks", "Second moment", "Layers"]
