@@ -90,6 +90,11 @@ def words_ready(rows: Tensor) -> Tensor:
 
     Returns:
         The same rows, copied if they lie apart or begin in the middle of a word.
+
+    Example:
+        >>> flat = torch.arange(9, dtype=torch.int16)
+        >>> words_ready(flat[1:].view(2, 4)).storage_offset(), words_ready(flat[4:8].view(1, 4)).storage_offset()
+        (0, 4)
     """
     rows = rows.contiguous()
     return rows.clone() if rows.storage_offset() % rows.shape[1] else rows
