@@ -37,6 +37,18 @@ format: $(VENV)/.ready ## let ruff lay the code out
 compare: $(VENV)/.ready ## every recipe on the demo task, tuned, three seeds (about an hour)
 	@$(BIN)/python examples/benchmarks/compare.py
 
+# Where the data of the tasks are, and more arguments of bench.py: make bench DATA=../data BENCH="--budget-minutes 110"
+DATA ?= data
+BENCH ?=
+
+.PHONY: bench-quick
+bench-quick: $(VENV)/.ready ## the benchmark harness on two small tasks that need no files (minutes)
+	@$(BIN)/python examples/benchmarks/bench.py quick --out out/bench-quick --data $(DATA) $(BENCH)
+
+.PHONY: bench
+bench: $(VENV)/.ready ## every task, recipe and pattern, tuned, three seeds (hours; interrupt it, and call it again to go on)
+	@$(BIN)/python examples/benchmarks/bench.py main --data $(DATA) $(BENCH)
+
 .PHONY: gpu
 gpu: ## the checks that need a CUDA device, with the Python and torch that are there (no installs)
 	@$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu

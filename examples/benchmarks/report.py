@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from checks import check
+from drawn import drawable, narrowness, pattern_of, position
 from pages import page
-from recipes_compared import ENTRIES
 from significance import Comparison, compare, detectable
 from studies import cost
 
@@ -20,7 +21,6 @@ Settings = dict[tuple[float, float | None], dict[int, Line]]  # by rate and lam,
 
 RIVALS = ("SR-STE", "ASP")
 SIGNIFICANT = 0.05
-ORDER = list(ENTRIES)
 
 
 def write_report(folder: Path, lines: Sequence[Line]) -> str:
@@ -48,35 +48,6 @@ def write_report(folder: Path, lines: Sequence[Line]) -> str:
         rows = drawable([line for line in lines if line["task"] == task])
         (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return text
-
-
-def check(lines: Sequence[Line]) -> None:
-    """Refuse what must not stand in one table: unequal steps, models or data, and one name for two recipes."""
-    for task in {line["task"] for line in lines}:
-        own = [line for line in lines if line["task"] == task]
-        steps: dict[float, set[str]] = {}
-        for line in own:
-            steps.setdefault(line["steps"] / line["times"], set()).add(line["row"])
-        if len(steps) > 1:
-            found = {f"{count:g}": sorted(rows) for count, rows in sorted(steps.items())}
-            raise SystemExit(f"Expected the same number of steps in every row of {task}, but got {found}.")
-        same(f"the task {task}", [{**line["config"]["task"], "steps": None} for line in own])
-        for row in {line["row"] for line in own}:
-            same(f"{row!r} of {task}", [without_lam(line["config"]["recipe"]) for line in own if line["row"] == row])
-
-
-def same(what: str, settings: Sequence[Json]) -> None:
-    """Refuse what is not everywhere the same."""
-    found = {json.dumps(setting, sort_keys=True) for setting in settings}
-    if len(found) > 1:
-        raise SystemExit(f"Expected {what} to be one thing in all results, but got {' and '.join(sorted(found))}.")
-
-
-def without_lam(recipe: Any) -> Any:
-    """A recipe but for what is tuned in it."""
-    if isinstance(recipe, Mapping):
-        return {name: without_lam(value) for name, value in recipe.items() if name != "lam"}
-    return recipe
 
 
 def facts(lines: Sequence[Line]) -> Json:
@@ -249,35 +220,6 @@ def grid(group: tuple[str, str], settings: Settings) -> Json:
     }
 
 
-def drawable(lines: Sequence[Line]) -> list[Json]:
-    """What ``lightning-step figure`` reads.
-
-    A row in which others change something stands there once more, on the other side of what they change.
-    """
-    fields = ("recipe", "n", "m", "seed", "lr", "lam", "loss", "optimizer", "switch", "frozen", "change", "losses")
-    changed = {
-        key: {(a["lr"], a["of"], a["n"], a["m"]) for a in lines if a[key] is not None} for key in ("frozen", "switch")
-    }
-    lams = {(a["of"], a["n"], a["m"]): a["lam"] for a in lines if a["frozen"] is not None or a["switch"] is not None}
-    rows = []
-    for line in sorted(lines, key=sorting):
-        row = {name: line[name] for name in fields}
-        rows.append(row)
-        at = (line["lr"], line["row"], line["n"], line["m"])
-        if line["lam"] != lams.get(at[1:]):
-            continue
-        if at in changed["frozen"]:
-            rows.append({**row, "frozen": True})
-        if at in changed["switch"] and line["switch_steps"]:
-            rows.append({**row, "switch": line["switch_steps"][0] / line["steps"]})
-    return rows
-
-
-def sorting(line: Line) -> tuple[Any, ...]:
-    """An order that does not depend on which run was finished first."""
-    return (position(line["row"]), line["row"], narrowness(pattern_of(line)), line["lr"], line["lam"] or 0.0, line["seed"])
-
-
 def reported(scores: Mapping[str, float], line: Line) -> float:
     """The score that tables show."""
     return float(scores.get(line["metric"]["reported"], math.nan))
@@ -303,19 +245,3 @@ def by_seed(row: Json) -> dict[int, float]:
 def any_line(settings: Settings) -> Line:
     """Any of a row: for what all of them have in common."""
     return next(iter(next(iter(settings.values())).values()))
-
-
-def pattern_of(line: Line) -> str:
-    """The pattern as it is written; empty without masks."""
-    return "" if line["n"] is None else f"{line['n']}:{line['m']}"
-
-
-def narrowness(pattern: str) -> tuple[float, int]:
-    """Patterns in order: what keeps most comes first."""
-    n, m = map(int, pattern.split(":")) if pattern else (1, 1)
-    return -n / m, m
-
-
-def position(row: str) -> int:
-    """Rows in the order of the table of recipes."""
-    return ORDER.index(row) if row in ORDER else len(ORDER)

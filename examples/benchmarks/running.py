@@ -29,6 +29,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from cells import Cell
+from checks import differences, identity
 from studies import Study
 from training import quiet, train
 
@@ -189,19 +190,6 @@ class Run:
                     f"Expected {self.book.file.name} to hold results of the settings of today, but got another {cell}: "
                     f"{differences(other, config)}. Give another `--out`, or remove the lines of what has changed."
                 )
-
-
-def identity(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What may be there once only: two of these with different details must not be in one table."""
-    return (config["task"]["name"], *(config[name] for name in ("row", "n", "m", "lr", "lam", "seed")))
-
-
-def differences(old: Any, new: Any, where: str = "") -> str:
-    """In which values two settings differ."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        return ", ".join(differences(old.get(key), new.get(key), f"{where}.{key}".lstrip(".")) for key in keys)
-    return f"{where} was {old!r} and is {new!r}"
 
 
 def begin() -> None:
