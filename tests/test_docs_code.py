@@ -91,9 +91,6 @@ def commands(text: str) -> list[str]:
     return [line for line in joined.splitlines() if line.strip() and not line.startswith("#")]
 
 
-# --- Commands that are run, and how the others are checked ------------------------------------------------------------
-
-
 def check_make(words: list[str]) -> None:
     """Run by hand or by .ci/run: a target may take minutes. It exists."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
@@ -273,8 +270,6 @@ def first_missing(expected: str, said: str) -> str | None:
     return None
 
 
-# --- The tests --------------------------------------------------------------------------------------------------------
-
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
@@ -342,9 +337,6 @@ def check_expression(code: str) -> None:
             signature.bind_partial(*node.args, **{keyword.arg: None for keyword in node.keywords if keyword.arg})
     if re.fullmatch(r"lightning_step(\.\w+)+", code):
         assert pydoc.locate(code) is not None, code
-
-
-# --- The checks can fail ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
