@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -71,7 +70,7 @@ def test_the_best_setting_is_the_best_mean_of_those_with_most_seeds() -> None:
 
 
 def test_the_comparison_in_this_form_is_the_one_of_its_table() -> None:
-    cells = best_cells((r for r in read_results(COMPARED / "results.jsonl") if not r.change), lambda r: (*r[:2], *r[7:9]))
+    cells = best_cells((r for r in read_results(COMPARED / "char.jsonl") if not r.change), lambda r: (*r[:2], *r[7:9]))
     page = (COMPARED / "results.md").read_text(encoding="utf-8")
     for key, row in {
         ("STEP", NMPattern(2, 4), None, None): "STEP",
@@ -81,14 +80,3 @@ def test_the_comparison_in_this_form_is_the_one_of_its_table() -> None:
         ("STEP", NMPattern(2, 4), 0.3, None): "switch at 30 %",
     }.items():
         assert f"| {row} | {cells[key].mean:.4f} ± {cells[key].spread:.4f} |" in page
-
-
-def test_the_lines_are_those_that_the_script_writes() -> None:
-    path = COMPARED.parents[1] / "json_lines.py"
-    spec = importlib.util.spec_from_file_location("json_lines", path)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    runs = json.loads((COMPARED / "results.json").read_text())["runs"]
-    assert [json.loads(line) for line in (COMPARED / "results.jsonl").read_text().splitlines()] == list(script.lines(runs))
