@@ -32,7 +32,7 @@ def monitor_options(trainer: pl.Trainer, on: bool | int) -> MonitorOptions:
     given = [getattr(callback, "options", None) for callback in callbacks_of(trainer)]
     chosen = next((options for options in given if isinstance(options, MonitorOptions)), MonitorOptions())
     interval = int(on) if trainer.loggers and on is not True else log_interval(trainer)
-    options = MonitorOptions(every=0).resolve(0) if not on else chosen.resolve(interval)
+    options = chosen.resolve(interval)
     if not boards_of(trainer.loggers if options.every else ()):
         options = replace(options, histograms_every=0)  # nobody can show them
     # Loggers may differ from process to process, but all have to measure at the same steps.
