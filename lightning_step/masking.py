@@ -246,8 +246,8 @@ class MaskSet:
         table = []
         for name, parameter in self.parameters.items():
             mask = self._masks[name]
-            # A shard counts as often as a replica does.
-            table.append(order_statistics(local(parameter), mask.final, mask.dim) * shards(parameter))
+            # Shards add up to the whole, replicas to a multiple of it: all that counts are shares within one tensor.
+            table.append(order_statistics(local(parameter), mask.final, mask.dim))
         sums = self._reduce(torch.cat([each.to(table[0].device) for each in table], dim=1)).tolist()
         layers, at = [], 0
         for target in self.targets.values():

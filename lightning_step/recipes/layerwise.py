@@ -81,7 +81,7 @@ class Layerwise(Wrapper):
         return dataclasses.replace(self.recipe.plan(), allocate=self._allocate)
 
     def _allocate(self, names: Sequence[str], layers: Sequence[Layer]) -> list[NMPattern]:
-        used = [layer._replace(uses=self._uses(name)) for name, layer in zip(names, layers, strict=True)]
+        used = [layer._replace(uses=_uses_of(name, self.uses)) for name, layer in zip(names, layers, strict=True)]
         dense = sum(cost(layer, layer.pattern.m) for layer in used)
         given = sum(cost(layer, layer.pattern.n) for layer in used)
         least = sum(cost(layer, choices_of(layer.pattern)[0]) for layer in used)
@@ -93,16 +93,15 @@ class Layerwise(Wrapper):
             )
         return _FORMS[self.by](used, budget)
 
-    def _uses(self, name: str) -> float:
-        if self.uses is None:
-            return 1.0
-        found = [value for glob, value in self.uses.items() if fnmatchcase(name, glob)]
-        if not found:
-            raise ConfigurationError(
-                f"Expected `uses` of Layerwise to name every masked tensor, but got none for {name!r} among {[*self.uses]}. "
-                "Add it, or a glob like '*'."
-            )
-        return float(found[-1])
+
+def _uses_of(name: str, uses: Mapping[str, float] | None) -> float:
+    found = [value for glob, value in ({"*": 1.0} if uses is None else uses).items() if fnmatchcase(name, glob)]
+    if not found:
+        raise ConfigurationError(
+            f"Expected `uses` of Layerwise to name every masked tensor, but got none for {name!r} among {[*(uses or ())]}. "
+            "Add it, or a glob like '*'."
+        )
+    return float(found[-1])
 
 
 def _check_uses(uses: object) -> None:
