@@ -98,7 +98,7 @@ def _switch(run: Run, beta2: float | None) -> list[Block]:
             blocks.append(Picture(_slug("variance", group.label), group.label, draw_switch(group, said), caption))
         else:
             blocks.append(Markup(f"<h3>{text(group.label)}</h3>"))
-            blocks.append(paragraph(f"No variance curve: this run took no samples of Z. {caption}", muted=True))
+            blocks.append(paragraph(f"No variance curve: this run logged no finite sample of Z. {caption}", muted=True))
         blocks.append(criteria_table(said, group, setting))
     return blocks or [
         Markup(f"<h3>{text(run.name)}</h3>"),

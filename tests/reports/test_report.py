@@ -126,7 +126,8 @@ def test_values_that_are_not_finite_are_told_and_drawn_around(write: Write, tmp_
     _, page = made([write("run", scalars)], tmp_path / "report.html")
     assert "run: val_loss was NaN or infinite 3 times, first at step 2" in words_of(page)
     nothing = {tag: dict.fromkeys((1, 2), math.nan) for tag in scalars}
-    made([write("nothing", nothing)], tmp_path / "report.html")
+    _, page = made([write("nothing", nothing)], tmp_path / "report.html")
+    assert "No variance curve: this run logged no finite sample of Z." in words_of(page)
 
 
 def test_a_damaged_event_file_is_told_and_the_rest_is_shown(trained: Path, tmp_path: Path) -> None:
