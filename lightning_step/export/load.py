@@ -140,7 +140,8 @@ def _would_help(model: nn.Module, manifest: Manifest) -> bool:
     for name, entry in manifest.sparse.items():
         weight = state[name]
         backend, _ = active_backend(weight.device)
-        if backend and (entry.n, entry.m, entry.dim) == (2, 4, 1) and not why_not_packed(entry.shape, weight.dtype, backend):
+        shape = entry.shape[::-1] if entry.dim == 0 else entry.shape  # (in, out) of a Hugging Face Conv1D
+        if backend and (entry.n, entry.m) == (2, 4) and not why_not_packed(shape, weight.dtype, backend):
             return True
     return False
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_step import NMPattern, apply_nm_masks, export_model, load_sparse
 from lightning_step.errors import ConfigurationError, FileFormatError
@@ -273,8 +274,8 @@ def test_auto_packs_only_what_no_longer_trains_and_fits(format, tmp_path, monkey
         monkeypatch.setattr(f"lightning_step.export.{module}.active_backend", lambda device: ("cutlass", ""))
     monkeypatch.setattr(packed_class, "_validate_device_dim_dtype_shape", lambda weight: None)
 
-    def plain(dtype=torch.bfloat16, size=64):
-        return nn.Sequential(nn.Linear(size, 64)).to(dtype).eval()
+    def plain(dtype=torch.bfloat16, size=64, layer=nn.Linear):
+        return nn.Sequential(layer(size, 64)).to(dtype).eval()
 
     def file(pattern, **settings):
         model = plain(**settings)
@@ -291,6 +292,7 @@ def test_auto_packs_only_what_no_longer_trains_and_fits(format, tmp_path, monkey
     assert not packed(path, plain(), backend="dense")
     assert not packed(path, plain(torch.float32))
     assert not packed(file(NMPattern(1, 8)), plain())
+    assert packed(file(NMPattern(2, 4), layer=Conv1D), plain(layer=Conv1D))
     assert not packed(file(NMPattern(2, 4), size=32), plain(size=32))
 
 
