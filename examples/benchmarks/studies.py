@@ -180,12 +180,18 @@ QUICK = Study(
 
 MAIN = Study(
     parts=(
-        Part(CHAR, rows=EVERY_ROW, patterns=("2:4", "1:4", "1:8", "1:16"), changes=tuple(CHANGES)),
+        Part(CHAR, rows=EVERY_ROW, changes=tuple(CHANGES)),
+        Part(CHAR, rows=MAIN_ROWS[1:], patterns=("1:4", "1:16")),  # beside the dense rows above
         *(
-            Part(task, rows=MAIN_ROWS, changes=("dense, twice the steps", "v not frozen"))
-            for task in (CIFAR10, MULTI30K, SST2, WIKITEXT, DIGITS)
+            Part(
+                task.sized(adam=Grid((1e-3, 2e-3, 4e-3), (4e-3, 3e-2))),
+                rows=MAIN_ROWS,
+                changes=("dense, twice the steps", "v not frozen"),
+            )
+            for task in (CIFAR10, MULTI30K, SST2, WIKITEXT)
         ),
-    )
+    ),
+    finalists=1,
 )
 
 STUDIES = {"compare": COMPARE, "quick": QUICK, "main": MAIN}
