@@ -158,6 +158,8 @@ QUICK = Study(
                 model={"width": 32, "layers": 2, "heads": 2, "context": 32, "warmup": 10},
                 data={"batch_size": 8, "context": 32, "batches": 100},
                 steps=200,
+                batches=64,
+                pruned_to=("2:4",),
                 adam=Grid((8e-3, 1.6e-2), (4e-3, 3e-2)),
             ),
             rows=QUICK_ROWS,
