@@ -22,7 +22,7 @@ from lightning_step import (
     SwitchEvent,
     nm_masks,
 )
-from lightning_step.errors import OptimizerError, ResumeError
+from lightning_step.errors import ResumeError
 
 SWITCH = 5
 STEPS = 11
@@ -394,12 +394,3 @@ def test_a_driver_made_after_the_optimizer_was_restored_freezes_nothing_twice():
             self.sparsifier.load_state_dict(state)
 
     assert same(taken(Restored().train(STEPS, 4)), expected)
-
-
-def test_a_wrapped_optimizer_is_refused_before_the_model_is_touched():
-    model = make_net()
-    optimizer = AdamW(model.parameters())
-    optimizer.optimizer = AdamW(model.parameters())
-    with pytest.raises(OptimizerError, match="Expected the optimizer that steps, but got AdamW, a wrapper around AdamW"):
-        Sparsifier(model, optimizer, recipe=SRSTE())
-    assert nm_masks(model) == {}

@@ -163,3 +163,12 @@ def test_a_recipe_that_never_freezes_takes_no_frozen_steps():
     optimizer = AdamW(model.parameters())
     assert frozen_step(STE(), adapter_for(optimizer), optimizer, model, None) is None
     assert frozen_step(STEP(), None, optimizer, model, None) is None
+
+
+def test_a_wrapped_optimizer_is_refused_before_the_model_is_touched():
+    model = two_layers()
+    optimizer = AdamW(model.parameters())
+    optimizer.optimizer = AdamW(model.parameters())
+    with pytest.raises(OptimizerError, match="Expected the optimizer that steps, but got AdamW, a wrapper around AdamW"):
+        Sparsifier(model, optimizer, recipe=SRSTE())
+    assert nm_masks(model) == {}
