@@ -226,7 +226,10 @@ def versions() -> dict[str, str]:
 
 def machine(workers: int) -> str:
     """What it ran on."""
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {workers} runs at a time, 1 thread each"
+    device = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return (
+        f"{device}{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {workers} runs at a time, 1 thread each"
+    )
 
 
 def commit() -> dict[str, Any]:

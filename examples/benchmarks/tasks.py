@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -51,6 +52,7 @@ class Task:
         unit: Of what is reported.
         higher_is_better: Of both.
         exclude: Globs of tensors that are left dense.
+        trainer: Other arguments of the trainer, for instance ``accelerator`` (default: ``"cpu"``) and ``precision``.
         seeded: Whether the data take the seed, too.
         batches: Most batches of validation and test data that are looked at; None: all.
         pruned_to: Patterns a dense model is pruned to at the end, for comparison.
@@ -74,6 +76,7 @@ class Task:
     unit: str = "validation loss"
     higher_is_better: bool = False
     exclude: tuple[str, ...] = ()
+    trainer: Mapping[str, Any] = field(default_factory=dict)
     seeded: bool = False
     batches: int | None = None
     pruned_to: tuple[str, ...] = ("2:4", "1:8")
@@ -105,6 +108,8 @@ class Task:
             return (
                 f"needs {', '.join(libraries)}: pip install {' '.join(INSTALLED_AS.get(name, name) for name in libraries)}"
             )
+        if self.trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
+            return "needs a CUDA device"
         absent = [str(folder / file) for file in self.files if not (folder / file).exists()]
         return f"expected {', '.join(absent)}. {self.fetch}" if absent else None
 
@@ -117,6 +122,7 @@ class Task:
             "steps": self.steps,
             "exclude": list(self.exclude),
             **({} if self.batches is None else {"batches": self.batches}),
+            **({"trainer": dict(self.trainer)} if self.trainer else {}),
         }
 
     def sized(self, **changes: Any) -> Task:

@@ -162,6 +162,7 @@ def silent(cell: Cell) -> dict[str, Any]:
         "enable_model_summary": False,
         "limit_val_batches": cell.task.batches,
         "limit_test_batches": cell.task.batches,
+        **cell.task.trainer,
     }
 
 

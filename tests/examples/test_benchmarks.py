@@ -239,11 +239,12 @@ def test_a_key_depends_on_everything_that_a_run_depends_on() -> None:
         cell(task=TINY.sized(steps=5)),
         cell(task=TINY.sized(batches=3)),
         cell(task=TINY.sized(exclude=("*.fc",))),
+        cell(task=TINY.sized(trainer={"precision": "bf16-mixed"})),
         cell(task=TINY.sized(model={**TINY.model, "width": 16})),
         cell(task=TINY.sized(data={**TINY.data, "batch_size": 8})),
         cell(row="SR-STE, SGD"),
     ]
-    assert len({one.key for one in [cell(), *others]}) == 12
+    assert len({one.key for one in [cell(), *others]}) == 13
     assert cell().key == cell(task=TINY.sized()).key == cell(task=TINY.sized(unit="something")).key
     assert hash_of({"a": 1, "b": [2]}) == hash_of({"b": [2], "a": 1})
 
@@ -357,6 +358,14 @@ def test_a_task_without_its_data_is_skipped_and_what_to_fetch_is_said(
     assert f"skipped wikitext: expected {tmp_path / 'wikitext-103' / 'wiki.train.tokens'}, " in said
     assert "Fetch WikiText-2" in said
     assert "skipped other: needs no_such_library: pip install no_such_library" in said
+
+
+def test_the_trainer_is_told_what_the_task_says(tmp_path: Path) -> None:
+    half = TINY.sized(trainer={"precision": "bf16-true"})
+    assert training.train(cell(task=half), tmp_path)["loss"] != training.train(cell(), tmp_path)["loss"]
+    there = TINY.sized(trainer={"accelerator": "gpu"}).missing(tmp_path)
+    assert (there is None) == torch.cuda.is_available()
+    assert there in (None, "needs a CUDA device")
 
 
 def test_sgd_follows_the_schedule_of_the_task(tmp_path: Path) -> None:
