@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAccuracy, BinaryF1Score, MatthewsCorrCoef, MulticlassAccuracy
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, get_scheduler
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, get_scheduler
 from typing_extensions import override
 
 Name = Literal["CoLA", "SST-2", "MRPC", "QQP", "STS-B", "MNLI", "QNLI", "RTE", "WNLI"]
@@ -204,7 +204,7 @@ class GlueData(pl.LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        self.tokenizer = BertTokenizerFast.from_pretrained(self.tokenizer_name)
+        self.tokenizer = BertTokenizer.from_pretrained(self.tokenizer_name)
         rows = self.read("train")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
         held_out = int(len(rows) * self.held_out)
