@@ -80,7 +80,8 @@ def across(summary: Json) -> list[str]:
     rivals = list(summary["rows"][0]["against"])
     lines = [
         f"**All {summary['cases']} cases** (task and pattern): how often a row is significantly better, neither, and worse; "
-        "and how much of the gap from SR-STE to dense it closes on the mean, over the cases with such a gap.\n",
+        "and how much of the gap from SR-STE to dense it closes on the mean, over the cases where that gap is larger than "
+        "the standard deviation of its seeds.\n",
         *header("recipe", "cases", *(f"against {name}" for name in rivals), "of the gap"),
     ]
     for row in summary["rows"]:

@@ -42,7 +42,7 @@ def write_report(folder: Path, lines: Sequence[Line]) -> str:
     body["summary"] = summary(body["tasks"])
     text = page(body)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(rounded(body), indent=1) + "\n", encoding="utf-8")
     (folder / "results.md").write_text(text, encoding="utf-8")
     for task in tasks:
         rows = drawable([line for line in lines if line["task"] == task])
@@ -66,6 +66,15 @@ def facts(lines: Sequence[Line]) -> Json:
 def distinct(values: Iterable[Any]) -> list[Any]:
     """Each once."""
     return [json.loads(text) for text in sorted({json.dumps(value, sort_keys=True) for value in values})]
+
+
+def rounded(value: Any) -> Any:
+    """Numbers to ten digits: the last ones of a mean depend on the version of Python."""
+    if isinstance(value, Mapping):
+        return {name: rounded(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(each) for each in value]
+    return float(f"{value:.10g}") if isinstance(value, float) else value
 
 
 def of_task(lines: Sequence[Line]) -> Json:
@@ -142,9 +151,19 @@ def relate(row: Json, rows: Mapping[tuple[str, str], Json]) -> None:
     rival = rows.get((RIVALS[0], row["pattern"]))
     row["gap_closed"] = None
     if rival is not None and dense is not None and row["optimizer"] == rival["optimizer"] and row["row"] != RIVALS[0]:
-        gap = rival["mean"] - dense["mean"]
-        if gap < 0 if row["higher_is_better"] else gap > 0:
-            row["gap_closed"] = (rival["mean"] - row["mean"]) / gap
+        gap = gap_of(rival, dense)
+        row["gap_closed"] = None if gap is None else (rival["mean"] - row["mean"]) / gap
+
+
+def gap_of(rival: Json, dense: Json) -> float | None:
+    """How far a rival is behind dense training; None if that is within a standard deviation of the seeds' differences."""
+    theirs, own = by_seed(rival), by_seed(dense)
+    differences = [theirs[seed] - own[seed] for seed in sorted(theirs.keys() & own.keys())]
+    if len(differences) < 2 or not all(map(math.isfinite, differences)):
+        return None
+    gap = statistics.mean(differences)
+    behind = -gap if rival["higher_is_better"] else gap
+    return gap if behind > statistics.stdev(differences) else None
 
 
 def verdict(comparison: Comparison | None, higher_is_better: bool) -> Json | None:

@@ -566,6 +566,15 @@ def test_better_and_worse_are_said_where_they_are_significant(tmp_path: Path) ->
         assert counts["STEP"] == {"better": 0, "neither": 0, "worse": 0, words[0]: 1}
 
 
+def test_a_gap_that_may_be_chance_is_not_closed(tmp_path: Path) -> None:
+    for rival, closed in (((1.2, 1.1, 1.3), 0.5), ((1.5, 0.9, 1.2), None), ((0.9, 0.8, 0.7), None)):
+        scores = {"dense": (1.0, 1.0, 1.0), "SR-STE": rival, "STEP": (1.1, 1.1, 1.1)}
+        lines = [line_of(row, seed, score) for row, each in scores.items() for seed, score in enumerate(each)]
+        _, body = report_of(tmp_path, lines)
+        found = {row["row"]: row["gap_closed"] for row in body["tasks"][0]["tables"][0]["rows"]}
+        assert found["STEP"] == (None if closed is None else pytest.approx(closed))
+
+
 def test_a_run_that_broke_down_is_never_the_best(tmp_path: Path) -> None:
     lines = [line_of("STEP", 0, score, lr=lr, lam=0.1) for lr, score in ((1e-3, math.nan), (1e-2, 2.0))]
     _, body = report_of(tmp_path, lines)
