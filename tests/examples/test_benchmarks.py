@@ -91,8 +91,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     command = [sys.executable, "-W", "ignore", str(driver), "--out", str(folder / "out"), "--data", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as first:
+        deadline = time.monotonic() + 500
         while not (lines.exists() and lines.read_bytes().count(b"\n") >= 3):
             assert first.poll() is None, "it ended by itself"
+            assert time.monotonic() < deadline, "three runs of a few steps each"
             time.sleep(0.02)
         workers = workers_of(first.pid)
         first.send_signal(signal.SIGKILL)
@@ -311,7 +313,7 @@ def test_every_study_is_made_of_rows_that_there_are(name: str) -> None:
         assert set(part.rows) <= ROWS.keys()
         assert set(part.changes) <= CHANGES.keys()
         assert {CHANGES[change].of for change in part.changes} <= set(part.rows)
-        assert part.changes_at in part.patterns
+        assert part.changes_at in part.patterns or not part.changes
         for row, pattern in part.groups():
             assert len({one.key for one in part.grid(row, pattern, 0)}) == len(part.task.grid(ROWS[row].optimizer).rates) * (
                 len(part.task.grid(ROWS[row].optimizer).lams) if ROWS[row].has_lam else 1
