@@ -36,8 +36,13 @@ def gpt2(pretrained: str | None, size: str, vocabulary: int, context: int, dropo
         model: nn.Module = GPT2LMHeadModel.from_pretrained(pretrained, **dropouts)
         return model.train()  # it comes in evaluation mode, which Lightning would keep
     layers, width, heads = SIZES[size]
-    config = GPT2Config(vocab_size=vocabulary, n_positions=context, n_embd=width, n_layer=layers, n_head=heads, **dropouts)
-    return GPT2LMHeadModel(config)
+    shape: Any = {"n_positions": context, "n_embd": width, "n_layer": layers, "n_head": heads}
+    spread = 0.02 * (768 / width) ** 0.5  # as published for `base`; narrow ones hardly begin to learn from so little
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocabulary, bos_token_id=None, eos_token_id=None, initializer_range=spread, **shape, **dropouts
+        )
+    )
 
 
 class LanguageModel(pl.LightningModule):
