@@ -47,7 +47,7 @@ LAYERS = {
 }
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
 KNOWS_LIGHTNING = {"callbacks", "reports", "cli", "sparsity_cli"}
-PARTS = ("optim", "functional", "recipes", "reports", "export", "summary", "metrics")
+PARTS = ("errors", "optim", "functional", "recipes", "reports", "export", "summary", "metrics")
 PUBLIC = [NAME, *(f"{NAME}.{part}" for part in PARTS)]
 EXTRAS = {"transformers", "jsonargparse", "matplotlib", "onnx", "rich"}
 MAX_LINES = 400

@@ -21,7 +21,7 @@ API = sorted((ROOT / "docs" / "api").glob("*.md"))
 DOCUMENTED = [name for page in API for name in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE)]
 MODULES = {name: importlib.import_module(name) for name in DOCUMENTED}
 # What examples may import from: test_architecture.py says so.
-PUBLIC = re.search(r"^PUBLIC = (.*)$", (ROOT / "tests" / "test_architecture.py").read_text(encoding="utf-8"), re.MULTILINE)
+PUBLIC = re.search(r"^PARTS = (.*)$", (ROOT / "tests" / "test_architecture.py").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning_worker import ENGINES, FOLDER, WORLD, Module, save
 from torch.distributed.tensor import DTensor
 
 from lightning_step import STEP, AtStep, SparseExport, STEPSparsityCallback
+from tests.distributed.lightning_worker import ENGINES, FOLDER, WORLD, Module, save
 
 BEST = 6
 
