@@ -165,7 +165,9 @@ class SparseExport(pl.Callback):
         )
 
     def _info(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        return _info(trainer) | {"layers": {row.name: row.layer for row in accelerations(self._module(pl_module))}}
+        rows = accelerations(self._module(pl_module))
+        verdicts = {row.name: {runtime: str(verdict) for runtime, verdict in row.verdicts.items()} for row in rows}
+        return _info(trainer) | {"layers": {row.name: row.layer for row in rows}, "acceleration": verdicts}
 
     def _module(self, pl_module: pl.LightningModule) -> nn.Module:
         try:

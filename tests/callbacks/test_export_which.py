@@ -160,5 +160,12 @@ def test_the_start_says_what_runs_where_and_the_manifest_names_the_layers(tiny, 
         make_trainer(STEPSparsityCallback(recipe=SRSTE()), export, steps=1).fit(tiny())
     assert "can run sparse as bfloat16: torch cuSPARSELt 0 of 3 tensors (" in caplog.text
     assert "torch CUTLASS 0, TensorRT 3\n" in caplog.text
-    layers = read_manifest(tmp_path / "model.safetensors").info["layers"]
-    assert layers == {"net.0.weight": "linear", "net.2.weight": "linear", "head.weight": "linear"}
+    info = read_manifest(tmp_path / "model.safetensors").info
+    fp32 = "takes no float32 2:4 weights; ask for a cast with dtype=torch.bfloat16"
+    assert info["acceleration"]["net.0.weight"] == {
+        "cusparselt": f"no: cusparselt {fp32}",
+        "cutlass": f"no: cutlass {fp32}",
+        "tensorrt": "yes",
+    }
+    assert info["acceleration"].keys() == info["layers"].keys()
+    assert info["layers"] == {"net.0.weight": "linear", "net.2.weight": "linear", "head.weight": "linear"}
