@@ -20,7 +20,7 @@ NAME = "lightning_step"
 
 # Imports go only downwards; within a layer they must not run in a circle.
 LAYERS = {
-    0: ["errors", "pattern", "version"],
+    0: ["errors", "pattern", "version", "compiling"],
     1: ["functional"],
     2: [
         "naming",
