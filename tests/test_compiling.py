@@ -115,7 +115,7 @@ def test_within_a_graph_or_under_a_mode_the_eager_kernel_runs():
     with FakeTensorMode():
         kernel(torch.ones(2), torch.ones(2))
     torch.func.vmap(lambda x: kernel(torch.ones_like(x), x))(torch.ones(3, 2))
-    torch.jit.trace(lambda x: kernel(torch.ones(2), x), ones)
+    torch.jit.trace(lambda x: kernel(torch.ones(2), x), ones, check_trace=False)
     assert backend.graphs == 0
     assert "FakeTensor" in told
     kernel(torch.ones(2), ones)
