@@ -120,6 +120,7 @@ class ImageClassifier(pl.LightningModule):
         dataset: What it is for; the same as that of the data.
         lr: Highest learning rate.
         weight_decay: AdamW's decoupled decay.
+        betas: AdamW's decays. AutoSwitch needs a second moment that settles within the run: a short one takes 0.99.
         warmup: Share of the optimizer steps until the rate is at its highest.
         label_smoothing: Share of the target that is spread over all classes.
     """
@@ -131,6 +132,7 @@ class ImageClassifier(pl.LightningModule):
         dataset: Name = "cifar10",
         lr: float = 1e-3,
         weight_decay: float = 5e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
         warmup: float = 0.05,
         label_smoothing: float = 0.0,
     ) -> None:
@@ -169,7 +171,7 @@ class ImageClassifier(pl.LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         h = self.hparams
-        optimizer = torch.optim.AdamW(self.parameters(), lr=h["lr"], weight_decay=h["weight_decay"])
+        optimizer = torch.optim.AdamW(self.parameters(), lr=h["lr"], betas=h["betas"], weight_decay=h["weight_decay"])
         total = int(self.trainer.estimated_stepping_batches)
         schedule = get_cosine_schedule_with_warmup(optimizer, int(h["warmup"] * total), total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -101,6 +101,7 @@ class GlueClassifier(pl.LightningModule):
         vocabulary: Size of the vocabulary of a network with random weights.
         lr: Highest learning rate.
         weight_decay: AdamW's decoupled decay; none for biases and norms.
+        betas: AdamW's decays. AutoSwitch needs a second moment that settles within the run: a short one takes 0.99.
         warmup: Share of the optimizer steps until the rate is at its highest.
         dropout: Share of activations that is left out in training.
     """
@@ -113,6 +114,7 @@ class GlueClassifier(pl.LightningModule):
         vocabulary: int = 30_522,
         lr: float = 2e-5,
         weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
         warmup: float = 0.1,
         dropout: float = 0.1,
     ) -> None:
@@ -157,7 +159,7 @@ class GlueClassifier(pl.LightningModule):
         matrices = [p for p in self.parameters() if p.dim() > 1]
         others = [p for p in self.parameters() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": h["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=h["lr"])
+        optimizer = torch.optim.AdamW(groups, lr=h["lr"], betas=h["betas"])
         total = int(self.trainer.estimated_stepping_batches)
         schedule: Any = get_scheduler("linear", optimizer, int(h["warmup"] * total), total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -55,6 +55,7 @@ class LanguageModel(pl.LightningModule):
         context: Longest input, in subwords, of a network with random weights.
         lr: Highest learning rate.
         weight_decay: AdamW's decoupled decay; none for biases and norms.
+        betas: AdamW's decays. 0.99 averages the second moment over 100 steps; long runs can take 0.999.
         warmup: Share of the optimizer steps until the rate is at its highest.
         dropout: Share of activations that is left out in training.
     """
@@ -67,6 +68,7 @@ class LanguageModel(pl.LightningModule):
         context: int = 1024,
         lr: float = 5e-5,
         weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.99),
         warmup: float = 0.05,
         dropout: float = 0.1,
     ) -> None:
@@ -127,7 +129,7 @@ class LanguageModel(pl.LightningModule):
         matrices = [p for p in self.parameters() if p.dim() > 1]
         others = [p for p in self.parameters() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": h["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=h["lr"], betas=(0.9, 0.99))
+        optimizer = torch.optim.AdamW(groups, lr=h["lr"], betas=h["betas"])
         total = int(self.trainer.estimated_stepping_batches)
         schedule: Any = get_scheduler("cosine", optimizer, int(h["warmup"] * total), total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
