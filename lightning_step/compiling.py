@@ -23,7 +23,7 @@ from typing_extensions import ParamSpec
 
 from lightning_step.errors import ConfigurationError
 
-__all__ = ["VARIABLE", "compiled", "wants_compile"]
+__all__ = ["VARIABLE", "compiled", "is_traced", "wants_compile"]
 
 VARIABLE = "LIGHTNING_STEP_COMPILE"
 """The environment variable. See Note [LIGHTNING_STEP_COMPILE]."""
@@ -88,7 +88,7 @@ def compiled(
     state: dict[str, Callable[Given, Result]] = {}
 
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
-        if state.get("kernel") is eager or _is_traced():
+        if state.get("kernel") is eager or is_traced():
             return eager(*args, **kwargs)
         if "kernel" not in state:
             state["kernel"] = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
@@ -102,8 +102,16 @@ def compiled(
     return call
 
 
-def _is_traced() -> bool:
-    """Whether what runs now ends up in somebody's graph, or is looked at by a mode. See Note [Never within a graph]."""
+def is_traced() -> bool:
+    """Whether what runs now ends up in somebody's graph, or is looked at by a mode. See Note [Never within a graph].
+
+    Returns:
+        True if so.
+
+    Example:
+        >>> is_traced()
+        False
+    """
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
