@@ -8,7 +8,7 @@ Note [In the place of exp_avg_sq]
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,12 +19,11 @@ from typing_extensions import override
 from lightning_step.errors import OptimizerError
 from lightning_step.functional import PreconditionForm, adam_bound, moment_behind, preconditioner
 from lightning_step.optim.base import Moments, SecondMomentAdapter
+from lightning_step.optim.move import Rule, move
+from lightning_step.optim.pieces import Number, Numbers, State, batches, parts
 from lightning_step.sharding import local, whole_count, whole_mean
 
-__all__ = ["AdamAdapter", "clamp", "on_host"]
-
-State = MutableMapping[str, Any]
-"""What an optimizer keeps for one parameter."""
+__all__ = ["AdamAdapter", "on_host"]
 
 
 class AdamAdapter(SecondMomentAdapter):
@@ -97,7 +96,7 @@ class AdamAdapter(SecondMomentAdapter):
     def step(self, optimizer: Optimizer, grads: Mapping[Tensor, Tensor], max_step: float | None) -> None:
         for group in optimizer.param_groups:
             for bucket in _buckets(optimizer, [p for p in group["params"] if p in grads]):
-                self._step_bucket(optimizer, group, bucket, [grads[p] for p in bucket], max_step)
+                self._step_bucket(optimizer, group, bucket, grads, max_step)
 
     def _trusts(self, t: int, moments: Moments) -> bool:
         """Whether the stock optimizer divides by v after so many steps; if not, there is nothing to freeze yet."""
@@ -107,49 +106,47 @@ class AdamAdapter(SecondMomentAdapter):
         """What the stock optimizer adds to the root of the corrected v after so many steps."""
         return moments.eps
 
-    def _moves(
-        self, group: Mapping[str, Any], states: list[State], grads: list[Tensor], max_step: float | None
-    ) -> tuple[list[Tensor], float]:
-        """What to take off the parameters of a bucket, whose first moments and step counts are those of after the step.
+    def _advance(self, group: Mapping[str, Any], states: list[State]) -> None:
+        """Count the step that is about to be taken."""
+        torch._foreach_add_([state["step"] for state in states], 1)
+
+    def _numbers(
+        self, group: Mapping[str, Any], states: list[State], max_step: float | None
+    ) -> tuple[list[Numbers], Number]:
+        """What the move of each tensor of a bucket takes, whose step counts are those of after the step.
 
         Args:
             group: Their parameter group.
             states: Their states.
-            grads: Their effective gradients.
             max_step: See `step`.
 
         Returns:
-            Fresh tensors, bounded, in learning rates once divided by the number that comes second.
+            Numbers of each tensor, and the learning rate of all.
         """
         moments = self.moments(group)
         bound = adam_bound((moments.beta1, moments.beta2)) if max_step is None else max_step
-        updates = list(torch._foreach_div([s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]))
         if on_host(states):
             correction = 1 - moments.beta1 ** float(states[0]["step"])
-            clamp(updates, bound * correction)
-            return updates, correction
-        torch._foreach_div_(updates, [(1 - moments.beta1 ** s["step"]).to(u) for s, u in zip(states, updates, strict=True)])
-        clamp(updates, bound)
-        return updates, 1.0
+            return [Numbers(bound * correction)] * len(states), group["lr"] / correction
+        corrections = torch._foreach_pow(moments.beta1, [state["step"] for state in states])
+        torch._foreach_neg_(corrections)
+        torch._foreach_add_(corrections, 1)
+        return [Numbers(bound, divisor=correction) for correction in corrections], group["lr"]
 
     def _step_bucket(
         self,
         optimizer: Optimizer,
         group: Mapping[str, Any],
         parameters: list[Tensor],
-        grads: list[Tensor],
+        grads: Mapping[Tensor, Tensor],
         max_step: float | None,
     ) -> None:
         states = [optimizer.state[parameter] for parameter in parameters]
-        torch._foreach_add_([state["step"] for state in states], 1)
-        grads = _decay(group, parameters, grads)
-        torch._foreach_lerp_([state["exp_avg"] for state in states], grads, 1 - self.moments(group).beta1)
-        updates, divisor = self._moves(group, states, grads, max_step)
-        if isinstance(group["lr"], Tensor):  # it may live on the device: stay there
-            torch._foreach_mul_(updates, [(group["lr"] / divisor).to(update) for update in updates])
-            torch._foreach_sub_(parameters, updates)
-        else:
-            torch._foreach_add_(parameters, updates, alpha=-group["lr"] / divisor)
+        self._advance(group, states)
+        numbers, rate = self._numbers(group, states, max_step)
+        rule = Rule.of(group, complement=1 - self.moments(group).beta1, rate=rate)
+        for batch in batches(parts(parameters, grads, states, numbers)):
+            move(batch, rule)
 
 
 def on_host(states: list[State]) -> bool:
@@ -168,23 +165,6 @@ def on_host(states: list[State]) -> bool:
     return bool(states[0]["step"].device.type == "cpu")
 
 
-def clamp(updates: list[Tensor], bound: float) -> None:
-    """Bound every coordinate, in place.
-
-    Args:
-        updates: The tensors.
-        bound: Largest magnitude; infinity: none.
-
-    Example:
-        >>> clamp([update := torch.tensor([-3.0, 1.0])], 2.0)
-        >>> update
-        tensor([-2.,  1.])
-    """
-    if bound != torch.inf:
-        torch._foreach_clamp_max_(updates, bound)
-        torch._foreach_clamp_min_(updates, -bound)
-
-
 def _is_decoupled(group: Mapping[str, Any]) -> bool:
     return bool(group.get("decoupled_weight_decay", False))
 
@@ -198,23 +178,3 @@ def _buckets(optimizer: Optimizer, parameters: list[Tensor]) -> list[list[Tensor
         mesh = getattr(parameter, "device_mesh", None)  # one list cannot hold sharded and whole tensors
         buckets.setdefault((parameter.device, parameter.dtype, count, mesh), []).append(parameter)
     return list(buckets.values())
-
-
-def _decay(group: Mapping[str, Any], parameters: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """Weight decay and sign, as the stock optimizer applies them; returns the gradients to use."""
-    if group.get("maximize"):
-        grads = list(torch._foreach_neg(grads))
-    decay = group["weight_decay"]
-    if decay and _is_decoupled(group):
-        factor = 1 - group["lr"] * decay
-        if parameters[0].device.type == "cpu":
-            # There the foreach kernel is a loop, too, but rounds the factor to the parameters' dtype: 0.998 to 0.996.
-            for parameter in parameters:
-                parameter.mul_(factor)
-        elif isinstance(factor, Tensor):
-            torch._foreach_mul_(parameters, [factor.to(parameter) for parameter in parameters])
-        else:
-            torch._foreach_mul_(parameters, factor)
-    elif decay:
-        grads = list(torch._foreach_add(grads, parameters, alpha=decay))
-    return grads

@@ -11,11 +11,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_step.functional import nadam_bound, nadam_momentum
-from lightning_step.optim.adam import AdamAdapter, State, clamp, on_host
+from lightning_step.optim.adam import AdamAdapter, on_host
+from lightning_step.optim.pieces import Number, Numbers, State
 
 __all__ = ["NAdamAdapter"]
 
-Number = TypeVar("Number", float, Tensor)
+Count = TypeVar("Count", float, Tensor)
 
 
 class NAdamAdapter(AdamAdapter):
@@ -32,44 +33,41 @@ class NAdamAdapter(AdamAdapter):
     """
 
     @override
-    def _moves(
-        self, group: Mapping[str, Any], states: list[State], grads: list[Tensor], max_step: float | None
-    ) -> tuple[list[Tensor], float]:
-        first, root = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+    def _advance(self, group: Mapping[str, Any], states: list[State]) -> None:
+        super()._advance(group, states)
+        if on_host(states):
+            torch._foreach_mul_([s["mu_product"] for s in states], self._momentum(group, float(states[0]["step"])))
+            return
+        for state in states:
+            state["mu_product"].mul_(self._momentum(group, state["step"]))
+
+    @override
+    def _numbers(
+        self, group: Mapping[str, Any], states: list[State], max_step: float | None
+    ) -> tuple[list[Numbers], Number]:
         if not on_host(states):
-            moves = zip(states, grads, first, root, strict=True)
-            return [self._move(group, *of_one, max_step) for of_one in moves], 1.0
+            return [self._numbers_there(group, state, max_step) for state in states], group["lr"]
         t = float(states[0]["step"])
         mu, mu_next = self._momentum(group, t), self._momentum(group, t + 1)
-        products = [s["mu_product"] for s in states]
-        for product in products:
-            product.mul_(mu)
+        bound = self._bound(group, mu, mu_next) if max_step is None else max_step
         # A tensor's product is its own: it depends on the betas at each of its steps.
-        updates = list(torch._foreach_mul(first, [mu_next / (1 - float(p) * mu_next) for p in products]))
-        torch._foreach_add_(updates, torch._foreach_mul(grads, [(1 - mu) / (1 - float(p)) for p in products]))
-        torch._foreach_div_(updates, root)
-        clamp(updates, self._bound(group, mu, mu_next) if max_step is None else max_step)
-        return updates, 1.0
+        products = [float(state["mu_product"]) for state in states]
+        return [Numbers(bound, (mu_next / (1 - p * mu_next), (1 - mu) / (1 - p))) for p in products], group["lr"]
 
-    def _move(
-        self, group: Mapping[str, Any], state: State, grad: Tensor, first: Tensor, root: Tensor, max_step: float | None
-    ) -> Tensor:
+    def _numbers_there(self, group: Mapping[str, Any], state: State, max_step: float | None) -> Numbers:
         """The same for one tensor whose step count lies on the device; nothing is read from there."""
         t: Tensor = state["step"]
         mu, mu_next = self._momentum(group, t), self._momentum(group, t + 1)
-        product: Tensor = state["mu_product"].mul_(mu)
-        along = first * (mu_next / (1 - product * mu_next)) + grad * ((1 - mu) / (1 - product))
+        product: Tensor = state["mu_product"]
+        mix = mu_next / (1 - product * mu_next), (1 - mu) / (1 - product)
+        if max_step is not None:
+            return Numbers(max_step, mix)
         moments = self.moments(group)
-        if max_step is None:
-            # nadam_bound in tensors
-            bound: Tensor = (
-                ((mu_next * (1 - moments.beta1) + 1 - mu) / math.sqrt(1 - moments.beta2)).clamp_min(1.0).to(along)
-            )
-            return torch.clamp(along / root, -bound, bound)
-        clamp([update := along / root], max_step)
-        return update
+        # nadam_bound in tensors
+        bound: Tensor = ((mu_next * (1 - moments.beta1) + 1 - mu) / math.sqrt(1 - moments.beta2)).clamp_min(1.0)
+        return Numbers(bound, mix)
 
-    def _momentum(self, group: Mapping[str, Any], t: Number) -> Number:
+    def _momentum(self, group: Mapping[str, Any], t: Count) -> Count:
         return nadam_momentum(t, self.moments(group).beta1, float(group["momentum_decay"]))
 
     def _bound(self, group: Mapping[str, Any], mu: float, mu_next: float) -> float:

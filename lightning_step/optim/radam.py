@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_step.errors import OptimizerError
 from lightning_step.functional import rectification
-from lightning_step.optim.adam import AdamAdapter, State, on_host
+from lightning_step.optim.adam import AdamAdapter, on_host
 from lightning_step.optim.base import Moments
+from lightning_step.optim.pieces import Number, Numbers, State
 
 __all__ = ["RAdamAdapter"]
 
@@ -56,12 +55,14 @@ class RAdamAdapter(AdamAdapter):
         return float(moments.eps / (1 - moments.beta2**t) ** 0.5)
 
     @override
-    def _moves(
-        self, group: Mapping[str, Any], states: list[State], grads: list[Tensor], max_step: float | None
-    ) -> tuple[list[Tensor], float]:
-        updates, divisor = super()._moves(group, states, grads, max_step)
+    def _numbers(
+        self, group: Mapping[str, Any], states: list[State], max_step: float | None
+    ) -> tuple[list[Numbers], Number]:
+        numbers, rate = super()._numbers(group, states, max_step)
         beta2 = self.moments(group).beta2
         if on_host(states):
-            return updates, divisor / rectification(float(states[0]["step"]), beta2)
-        torch._foreach_mul_(updates, [rectification(s["step"], beta2).to(u) for s, u in zip(states, updates, strict=True)])
-        return updates, divisor
+            t = float(states[0]["step"])
+            # The divisors first: the same bits as ever
+            return numbers, group["lr"] / ((1 - self.moments(group).beta1 ** t) / rectification(t, beta2))
+        factors = [rectification(state["step"], beta2) for state in states]
+        return [of_one._replace(factor=factor) for of_one, factor in zip(numbers, factors, strict=True)], rate
