@@ -18,11 +18,13 @@ from lightning_step.recipes import (
     DenseTail,
     Layerwise,
     MaskDecay,
+    RateScale,
     Recipe,
     RelativeNorm,
     Staleness,
     StructureDecay,
     Switch,
+    default_recipe,
 )
 from lightning_step.sparsifier import Sparsifier
 from lightning_step.targets import LeftOut, Target, Targets, find_targets
@@ -44,6 +46,7 @@ __all__ = [
     "MaskDecay",
     "NMMask",
     "NMPattern",
+    "RateScale",
     "Recipe",
     "RelativeNorm",
     "STEPSparsityCallback",
@@ -58,6 +61,7 @@ __all__ = [
     "Targets",
     "__version__",
     "apply_nm_masks",
+    "default_recipe",
     "export_model",
     "find_targets",
     "latent_weights",

@@ -73,6 +73,7 @@ class MaskSet:
         self._rule = self._plan.gradient
         self._before: dict[str, Tensor] = {}  # bool masks, only between the hooks of a step that needs them
         self._kept: dict[str, Tensor] = {}  # see `kept_magnitude`, where the last step was measured
+        self._rates: dict[Tensor, float] = {}
         self._measure = False
         self._reduce = reduce
         self._began: int | None = None  # steps taken when masks began
@@ -86,6 +87,11 @@ class MaskSet:
     def enabled(self) -> bool:
         """Whether masks are on."""
         return any(mask.enabled for mask in self._masks.values())
+
+    @property
+    def rates(self) -> Mapping[Tensor, float]:
+        """What the rates of parameters are multiplied with in the next step, of all for which that is not 1."""
+        return self._rates
 
     @property
     def chooses(self) -> bool:
@@ -235,6 +241,12 @@ class MaskSet:
                 mask.pattern = pattern
             if mask.leak != leak:
                 mask.leak = leak
+        self._rates = self._rates_now() if self.enabled else {}
+
+    def _rates_now(self) -> dict[Tensor, float]:
+        rule = self._plan.rate
+        factors = {name: float(rule(mask.pattern, mask.leak)) for name, mask in self._masks.items()}
+        return {self.parameters[name]: factor for name, factor in factors.items() if factor != 1.0}
 
     def _choose(self, patterns: Mapping[str, NMPattern]) -> None:
         for name, pattern in patterns.items():

@@ -16,7 +16,8 @@ from lightning_step.hooks import StepHooks, check_bare
 from lightning_step.masking import MaskSet, parameter_of
 from lightning_step.parametrization import install_masks
 from lightning_step.pattern import NMPattern
-from lightning_step.recipes import STEP, Decision, Recipe, Watcher
+from lightning_step.rates import StepRates
+from lightning_step.recipes import Decision, Recipe, Watcher, default_recipe
 from lightning_step.resume import STATE_VERSION, check_config, check_version, config_of
 from lightning_step.sampling import SecondMomentSampler
 from lightning_step.sharding import Reduce, all_reduce, reshard
@@ -37,7 +38,7 @@ class Sparsifier:
         optimizer: The optimizer that holds its parameters. STEP needs one with a second-moment adapter.
         n: Weights kept in every group.
         m: Weights in a group.
-        recipe: How to learn the masks; `STEP` if None.
+        recipe: How to learn the masks; `default_recipe` if None.
         total_steps: Optimizer steps of the whole run; needed where the recipe has limits that are fractions.
         include: Shell-style globs of what gets a mask; None: everything that can.
         exclude: Globs of what stays dense.
@@ -89,7 +90,7 @@ class Sparsifier:
         reduce: Reduce = all_reduce,
         on_event: Callable[[SwitchEvent], None] | None = None,
     ) -> None:
-        self.recipe = STEP() if recipe is None else recipe
+        self.recipe = default_recipe() if recipe is None else recipe
         self.t = 0  # optimizer steps taken
         self.events: list[SwitchEvent] = []
         self.measure_every = measure_every
@@ -126,6 +127,7 @@ class Sparsifier:
         self.masks = MaskSet(model, held.masked, masks, self.recipe, reduce, total_steps)
         self._config, self._left_out = config_of(self.recipe, held.masked), held.left_out
         self._frozen = frozen_step(self.recipe, adapter, optimizer, model, self.masks)
+        self._rates = StepRates(optimizer)
         self.notes = self._board.notes  # what a user should know before the first step
         self._hooks = StepHooks(optimizer, self._before_step, self._after_step)
         self._decide()
@@ -208,6 +210,7 @@ class Sparsifier:
 
     def detach(self) -> None:
         """Take the hooks off the optimizer; masks stay as they are."""
+        self._rates.end()
         self._hooks.remove()
 
     def _before_step(self) -> None:
@@ -224,6 +227,7 @@ class Sparsifier:
         self.masks.before_step(measure=self._measures(self.t + 1))
         if self._frozen is not None:
             self._frozen.withhold()
+        self._rates.begin(self.masks.rates)
 
     def _after_step(self) -> None:
         if not self._live:
@@ -232,6 +236,7 @@ class Sparsifier:
         found_inf, grad_scale = self._scaler()
         if self._frozen is not None:
             self._frozen.step(found_inf, grad_scale)
+        self._rates.end()
         # A step that a fused optimizer skips is none, just as one that the scaler does not even call.
         skipped = found_inf is not None and bool(found_inf)
         self.t += not skipped

@@ -15,7 +15,8 @@ from lightning_step.masking import MaskSet, parameter_of
 from lightning_step.naming import plain_name
 from lightning_step.optim import SecondMomentAdapter, adapter_for
 from lightning_step.optim.refused import check_holds_zeros
-from lightning_step.recipes import AtStep, Clock, Moment, Recipe, Switch
+from lightning_step.rates import check_rates
+from lightning_step.recipes import AtStep, Clock, Moment, Recipe, Switch, given_rate
 from lightning_step.sharding import Reduce, any_sharded, local
 from lightning_step.targets import LeftOut, Target, Targets
 from lightning_step.watching import Role
@@ -44,6 +45,8 @@ def adapter_of(recipe: Recipe, optimizer: Optimizer) -> SecondMomentAdapter | No
     """
     if recipe.plan().gradient.fixed:
         check_holds_zeros(optimizer)
+    if recipe.plan().rate is not given_rate:
+        check_rates(optimizer)
     return adapter_for(optimizer) if needs_adapter(recipe) else None
 
 

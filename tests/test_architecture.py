@@ -40,7 +40,7 @@ LAYERS = {
         "metrics",
         "terminal",
     ],
-    3: ["recipes", "masking", "watching", "freezing", "resume", "events", "wiring", "sparsifier", "outcome", "checkpoints"],
+    3: ["recipes", "masking", "rates", "watching", "freezing", "resume", "events", "wiring", "sparsifier", "outcome", "checkpoints"],
     4: ["monitoring", "callbacks", "commands"],
     5: ["reports", "sparsity_cli", "cli", "__main__"],
     6: ["__init__"],

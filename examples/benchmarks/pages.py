@@ -41,25 +41,29 @@ def main_table(task: Json, table: Json) -> list[str]:
     rivals = sorted({name for row in table["rows"] for name in row["against"]}, reverse=True)
     lines = header(
         "recipe", task["unit"].split(" in ")[0], "above dense", *(f"against {name}" for name in rivals),
-        "of the gap", "per seed", "rate", "lam", "switch after step",
+        "of the gap", *second(task), "per seed", "rate", "lam", "switch after step",
     )  # fmt: skip
     for row in table["rows"]:
         against = [versus(row["against"].get(name)) for name in rivals]
         gap = "" if row["gap_closed"] is None else f"{100 * row['gap_closed']:.0f} %"
-        lines.append(line(name_of(row), *scores(row), *against, gap, *setting(row)))
+        lines.append(line(name_of(row), *scores(row), *against, gap, *second(task, row), *setting(row)))
     if table["pruned"]:
         row = table["pruned"]
-        lines.append(line(row["row"], *scores(row), *("" for _ in rivals), "", each(row), f"{row['lr']:g}", "", ""))
+        empty = ["" for _ in (*rivals, "gap", *second(task))]
+        lines.append(line(row["row"], *scores(row), *empty, each(row), f"{row['lr']:g}", "", ""))
     return lines
 
 
 def change_table(task: Json) -> list[str]:
     """What was changed, against the row it was changed in."""
     unit = task["unit"].split(" in ")[0]
-    lines = header("changed", unit, "above dense", "in", "against it", "per seed", "rate", "lam", "switch after step")
+    lines = header(
+        "changed", unit, "above dense", "in", "against it", *second(task), "per seed", "rate", "lam", "switch after step"
+    )
     for row in task["changes"]:
         base = f"{row['of']} {row['pattern']}".strip()
-        lines.append(line(name_of(row), *scores(row), base, versus(row["against"].get(row["of"])), *setting(row)))
+        against = versus(row["against"].get(row["of"]))
+        lines.append(line(name_of(row), *scores(row), base, against, *second(task, row), *setting(row)))
     return lines
 
 
@@ -130,6 +134,13 @@ def scores(row: Json) -> tuple[str, str]:
     """Mean and standard deviation, and the distance to dense."""
     sd = "" if row["sd"] is None else f" ± {row['sd']:.4f}"
     return f"{row['mean']:.4f}{sd}", "" if row["above_dense"] is None else f"{row['above_dense']:+.4f}"
+
+
+def second(task: Json, row: Json | None = None) -> list[str]:
+    """The score beside the one that counts, or its name; nothing where a task has only one."""
+    if task["also"] is None:
+        return []
+    return [task["also"].replace("_", " ") if row is None else f"{row['also']:.4g}"]
 
 
 def setting(row: Json) -> tuple[str, str, str, str]:

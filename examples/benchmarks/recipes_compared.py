@@ -24,11 +24,13 @@ from lightning_step import (
     DenseTail,
     Layerwise,
     MaskDecay,
+    RateScale,
     Recipe,
     RelativeNorm,
     Staleness,
     StructureDecay,
     Switch,
+    default_recipe,
 )
 from lightning_step.recipes import Freeze, GradientRule, Plan
 
@@ -44,6 +46,7 @@ class Entry:
         optimizer: What trains it.
         steps: How many times the task's steps.
         of: Of a change: the row it changes.
+        untuned: Run at the best rate of dense training and nowhere else, at the lam that it has by itself.
         lam: Of a change: the lam it sets, instead of that of its row.
         recipe: Its legend in figures; None: its name.
         switch: The fraction of the run at which it is made to switch.
@@ -57,6 +60,7 @@ class Entry:
     optimizer: Literal["AdamW", "SGD"] = "AdamW"
     steps: int = 1
     of: str | None = None
+    untuned: bool = False
     lam: float | None = None
     recipe: str | None = None
     switch: float | None = None
@@ -89,6 +93,38 @@ def early(lam: float) -> STEP:
     return STEP(AtStep(0.1), lam)
 
 
+def default(lam: float) -> RateScale:
+    """The default recipe at another lam."""
+    recipe = default_recipe()
+    assert isinstance(recipe, RateScale)
+    assert isinstance(recipe.recipe, STEP)
+    return replace(recipe, recipe=replace(recipe.recipe, lam=lam))
+
+
+def paper(lam: float) -> STEP:
+    """As it was published, which has no lam."""
+    return STEP(lam=0.0, form="paper", max_step=float("inf"))
+
+
+def untuned(recipe: Recipe) -> Entry:
+    """What somebody gets who changes nothing but the callback."""
+    return Entry(lambda lam: recipe, has_lam=False, untuned=True)
+
+
+def in_default(change: str, make: Callable[[float], Recipe]) -> Entry:
+    """A change in the default recipe."""
+    return Entry(make, of=DEFAULT, recipe=DEFAULT, change=change)
+
+
+def switching_default(share: float) -> Entry:
+    """The default recipe, made to freeze v at a fraction of the run."""
+
+    def make(lam: float) -> Recipe:
+        return replace(default(lam), recipe=STEP(AtStep(share), lam, AtStep(0)))
+
+    return Entry(make, of=DEFAULT, recipe=DEFAULT, switch=share)
+
+
 def in_step(change: str, make: Callable[[float], Recipe]) -> Entry:
     """A change in STEP."""
     return Entry(make, of="STEP", recipe="STEP", change=change)
@@ -104,26 +140,33 @@ def pulling(lam: float) -> Entry:
     return Entry(step, of="STEP", lam=lam, recipe="STEP", change=f"lam {lam:g}")
 
 
+DEFAULT = "the default"
 FROM_START = "STEP, masks from the start, v frozen at 30 %"
 
 ROWS = {
+    DEFAULT: Entry(default),
     "dense": Entry(lambda lam: Dense(), has_lam=False, masked=False),
     "ASP": Entry(lambda lam: ASP(), has_lam=False),
     "STE": Entry(lambda lam: STE(), has_lam=False),
     "SR-STE": Entry(lambda lam: SRSTE(lam)),
     "STEP": Entry(step),
     "STEP, nothing else said": Entry(lambda lam: STEP(), has_lam=False),
-    "STEP, as in the paper": Entry(lambda lam: STEP(lam=0.0, form="paper", max_step=float("inf")), has_lam=False),
+    "STEP, as in the paper": Entry(paper, has_lam=False),
     FROM_START: Entry(lambda lam: replace(step(lam), switch=AtStep(0.3), masks_from=AtStep(0))),
     "STEP + StructureDecay": Entry(lambda lam: StructureDecay(early(lam), end=0.45)),
     "STEP + MaskDecay": Entry(lambda lam: MaskDecay(early(lam), end=0.45)),
     "STEP + DenseTail": Entry(lambda lam: DenseTail(step(lam))),
     "STEP + Layerwise": Entry(lambda lam: Layerwise(step(lam))),
+    "SR-STE + RateScale": Entry(lambda lam: RateScale(SRSTE(lam))),
     "SR-STE + StructureDecay": Entry(lambda lam: StructureDecay(SRSTE(lam))),
     "SR-STE + MaskDecay": Entry(lambda lam: MaskDecay(SRSTE(lam))),
     "SR-STE + MaskDecay, exponential": Entry(lambda lam: MaskDecay(SRSTE(lam), fading="exponential")),
     "SR-STE + DenseTail": Entry(lambda lam: DenseTail(SRSTE(lam))),
     "SR-STE + Layerwise": Entry(lambda lam: Layerwise(SRSTE(lam), by="erk")),
+    f"{DEFAULT}, untuned": untuned(default_recipe()),
+    "SR-STE, untuned": untuned(SRSTE()),
+    "ASP, untuned": untuned(ASP()),
+    "STEP, as in the paper, untuned": untuned(paper(0.0)),
     "dense, SGD": Entry(lambda lam: Dense(), has_lam=False, masked=False, optimizer="SGD", recipe="dense"),
     "SR-STE, SGD": Entry(lambda lam: SRSTE(lam), optimizer="SGD", recipe="SR-STE"),
 }
@@ -149,6 +192,12 @@ CHANGES = {
         "the paper's preconditioner, no bound", lambda lam: replace(step(lam), form="paper", max_step=float("inf"))
     ),
     "v not frozen": Entry(lambda lam: Parts(lam, mask=True, freezes=False), of="STEP", recipe="STEP", frozen=False),
+    **{f"v frozen at {share} %": switching_default(share / 100) for share in (10, 30, 50, 70)},
+    "v live": in_default("v live", lambda lam: RateScale(SRSTE(lam))),
+    "no scaled rate": in_default("no scaled rate", lambda lam: default(lam).recipe),
+    "rate times the root of m/n": in_default("rate times the root of m/n", lambda lam: replace(default(lam), power=0.5)),
+    "the default + StructureDecay": in_default("+ StructureDecay", lambda lam: StructureDecay(default(lam))),
+    "the default + MaskDecay": in_default("+ MaskDecay", lambda lam: MaskDecay(default(lam))),
     "no masks, v frozen": in_step("no masks", lambda lam: Parts(lam, mask=False, freezes=True)),
 }
 

@@ -84,13 +84,15 @@ def of_task(lines: Sequence[Line]) -> Json:
         setting = groups.setdefault((line["row"], pattern_of(line)), {}).setdefault((line["lr"], line["lam"]), {})
         setting[line["seed"]] = line
     changes = {group for group, settings in groups.items() if any_line(settings)["of"]}
-    rows = {group: row_of(group, settings, groups.keys() - changes, groups) for group, settings in groups.items()}
+    tuned = [group for group, settings in groups.items() if is_tuned(any_line(settings))]
+    rows = {group: row_of(group, settings, tuned, groups) for group, settings in groups.items()}
     for row in rows.values():
         relate(row, rows)
     patterns = sorted({pattern for _, pattern in groups if pattern}, key=narrowness)
     order = sorted(groups, key=lambda group: (position(group[0]), narrowness(group[1])))
     return {
         "name": lines[0]["task"],
+        "also": None,
         **lines[0]["metric"],
         "steps": lines[0]["steps"] // lines[0]["times"],
         "config": {**lines[0]["config"]["task"], "steps": None},
@@ -103,7 +105,7 @@ def of_task(lines: Sequence[Line]) -> Json:
             for pattern in patterns
         ],
         "changes": [rows[group] for group in order if group in changes],
-        "grids": [grid(group, groups[group]) for group in order if group not in changes],
+        "grids": [grid(group, groups[group]) for group in order if is_tuned(any_line(groups[group]))],
     }
 
 
@@ -128,14 +130,26 @@ def row_of(
         "higher_is_better": line["metric"]["higher_is_better"],
         "lr": lr,
         "lam": lam,
-        "lr_at_edge": line["of"] is None and lr in (rates[0], rates[-1]) and len(rates) > 1,
-        "lam_at_edge": line["of"] is None and lam is not None and lam in (lams[0], lams[-1]) and len(lams) > 1,
+        "lr_at_edge": is_tuned(line) and lr in (rates[0], rates[-1]) and len(rates) > 1,
+        "lam_at_edge": is_tuned(line) and lam is not None and lam in (lams[0], lams[-1]) and len(lams) > 1,
         "tried": len(settings),
-        "possible": 1 if line["of"] else len(rates) * (1 if lam is None else len(lams)),
+        "possible": 1 if not is_tuned(line) else len(rates) * (1 if lam is None else len(lams)),
         "scores": {str(seed): score for seed, score in scores.items()},
         **spread(list(scores.values())),
+        "also": also(list(best.values())),
         "switch": switches(list(best.values())),
     }
+
+
+def is_tuned(line: Line) -> bool:
+    """Whether its row has a grid: no change has, nor what is run at the rate of dense training."""
+    return line["of"] is None and not line.get("untuned")
+
+
+def also(lines: Sequence[Line]) -> float | None:
+    """Mean of the score that is shown beside the one that counts, if there is one."""
+    name = lines[0]["metric"].get("also")
+    return None if name is None else statistics.mean(line["scores"].get(name, math.nan) for line in lines)
 
 
 def relate(row: Json, rows: Mapping[tuple[str, str], Json]) -> None:

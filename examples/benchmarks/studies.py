@@ -2,6 +2,7 @@
 
 Every row is tuned on the first seed, over the whole grid of its task. Its best settings there, `Study.finalists` of them,
 are repeated on the other seeds, and the one with the best mean is its result. Then one thing at a time is changed in it.
+Rows that are not tuned are run at the rate that is best for dense training.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from itertools import product
 from typing import Any
 
 from cells import Cell
-from recipes_compared import CHANGES, ENTRIES, FROM_START, ROWS
+from recipes_compared import CHANGES, DEFAULT, ENTRIES, FROM_START, ROWS
 from tasks import CHAR, CIFAR10, DIGITS, MULTI30K, SST2, WIKITEXT, Grid, Task
 
 Lines = Mapping[str, Mapping[str, Any]]  # results by key
@@ -38,9 +39,10 @@ class Part:
     changes: tuple[str, ...] = ()
     changes_at: str = "2:4"
 
-    def groups(self) -> list[tuple[str, str]]:
-        """Row and pattern of everything that is tuned by itself."""
-        return [(row, pattern) for row in self.rows for pattern in (self.patterns if ROWS[row].masked else ("",))]
+    def groups(self, *, untuned: bool = False) -> list[tuple[str, str]]:
+        """Row and pattern of everything that is tuned by itself, or of everything that is not."""
+        rows = [row for row in self.rows if ROWS[row].untuned == untuned]
+        return [(row, pattern) for row in rows for pattern in (self.patterns if ROWS[row].masked else ("",))]
 
     def grid(self, row: str, pattern: str, seed: int) -> list[Cell]:
         """Every rate, and every lam for a row that has one."""
@@ -75,7 +77,7 @@ class Study:
             for row, pattern in part.groups():
                 size = len(part.grid(row, pattern, self.seeds[0]))
                 total += size + min(self.finalists, size) * (len(self.seeds) - 1)
-            total += len(part.changes) * len(self.seeds)
+            total += (len(part.changes) + len(part.groups(untuned=True))) * len(self.seeds)
         return total
 
     def cells(self, done: Lines) -> list[Cell]:
@@ -98,6 +100,7 @@ class Study:
                 stages[1].extend(repeated)
                 if short and all(cell.key in done for cell in repeated):
                     best[row, pattern] = min(short, key=lambda cell: self.mean(cell, done))
+            stages[2].extend(self.untuned(part, best))
             stages[2].extend(self.changed(part, best))
         return [cell for stage in stages for cell in stage]
 
@@ -110,6 +113,13 @@ class Study:
     def mean(self, cell: Cell, done: Lines) -> float:
         """Mean cost of a setting over all seeds."""
         return statistics.mean(cost(done[replace(cell, seed=seed).key]) for seed in self.seeds)
+
+    def untuned(self, part: Part, best: Mapping[tuple[str, str], Cell]) -> Iterator[Cell]:
+        """Rows that take the rate of dense training, on every seed."""
+        dense = best.get(("dense", ""))
+        if dense is not None:
+            for row, pattern in part.groups(untuned=True):
+                yield from (Cell(part.task, row, pattern, dense.lr, None, seed) for seed in self.seeds)
 
     def changed(self, part: Part, best: Mapping[tuple[str, str], Cell]) -> Iterator[Cell]:
         """One thing changed in the best setting of a row, on every seed."""
@@ -128,15 +138,16 @@ def cost(line: Mapping[str, Any]) -> float:
     return -value if line["metric"]["higher_is_better"] else value
 
 
-MAIN_ROWS = ("dense", "ASP", "STE", "SR-STE", "STEP", "STEP, nothing else said", "STEP, as in the paper", FROM_START)
-EVERY_ROW = tuple(ROWS)
-QUICK_ROWS = ("dense", "ASP", "SR-STE", "STEP", FROM_START)
+UNTUNED = tuple(row for row, entry in ROWS.items() if entry.untuned)
+COMPARED = ("dense", "ASP", "SR-STE", "STEP", FROM_START, DEFAULT)
+MAIN_ROWS = ("dense", "ASP", "SR-STE", "STEP, as in the paper", DEFAULT, *UNTUNED)
+QUICK_ROWS = ("dense", "ASP", "SR-STE", "STEP", DEFAULT, f"{DEFAULT}, untuned")
 
 COMPARE = Study(
     parts=(
         Part(
             CHAR.sized(pruned_to=("2:4", "1:8")),
-            rows=("dense", "ASP", "SR-STE", "STEP", FROM_START),
+            rows=COMPARED,
             changes=(
                 "switch at 10 %",
                 "switch at 30 %",
@@ -182,13 +193,14 @@ QUICK = Study(
 
 MAIN = Study(
     parts=(
-        Part(CHAR, rows=EVERY_ROW, changes=tuple(CHANGES)),
-        Part(CHAR, rows=MAIN_ROWS[1:], patterns=("1:4", "1:16")),  # beside the dense rows above
+        Part(CHAR, rows=(*COMPARED, "STEP, as in the paper", "SR-STE + RateScale", *UNTUNED), changes=tuple(CHANGES)),
+        Part(CHAR, rows=("STE", "SR-STE, SGD", "dense, SGD"), patterns=("2:4",)),  # beside the rows above
+        Part(CHAR, rows=("ASP", "SR-STE", DEFAULT), patterns=("1:4", "1:16")),
         *(
             Part(
                 task.sized(adam=Grid((1e-3, 2e-3, 4e-3), (4e-3, 3e-2))),
                 rows=MAIN_ROWS,
-                changes=("dense, twice the steps", "v not frozen"),
+                changes=("dense, twice the steps", "v live", "no scaled rate"),
             )
             for task in (CIFAR10, MULTI30K, SST2, WIKITEXT)
         ),

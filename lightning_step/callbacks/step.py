@@ -25,7 +25,7 @@ from lightning_step.masking import parameter_of, restore_masks
 from lightning_step.monitoring import Monitor, MonitorOptions, check_interval
 from lightning_step.parametrization import apply_nm_masks, nm_masks
 from lightning_step.pattern import NMPattern
-from lightning_step.recipes import STEP, Recipe, describe
+from lightning_step.recipes import Recipe, default_recipe, describe
 from lightning_step.resume import check_config, check_version, config_of
 from lightning_step.sharding import all_reduce
 from lightning_step.sparsifier import Sparsifier
@@ -43,7 +43,8 @@ class STEPSparsityCallback(pl.Callback):
     Args:
         n: Weights KEPT in every group of ``m`` along the input dimension.
         m: Weights in a group.
-        recipe: How to learn the masks: `STEP` (if None), `SRSTE`, `STE`, `ASP`, `Dense`.
+        recipe: How to learn the masks: `STEP`, `SRSTE`, `STE`, `ASP`, `Dense`, or one around another.
+            None: `default_recipe`.
         include: Shell-style globs over module and tensor names of what gets a mask; None: everything that can.
         exclude: Globs of what stays dense.
         overrides: Globs of what gets another pattern, as ``{glob: [n, m]}``; the last matching entry wins.
@@ -93,7 +94,7 @@ class STEPSparsityCallback(pl.Callback):
         check_interval("monitor", monitor)
         self.pattern = NMPattern(n, m)
         self.total_steps = total_steps
-        self.recipe: Recipe = STEP() if recipe is None else recipe
+        self.recipe: Recipe = default_recipe() if recipe is None else recipe
         self.verbose = verbose
         self.monitor = monitor
         self.sparsifiers: list[Sparsifier] = []  # one per optimizer that holds masked tensors, while fitting

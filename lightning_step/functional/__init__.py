@@ -46,6 +46,7 @@ from lightning_step.functional.nadam import (
 )
 from lightning_step.functional.packing import Packed, index_bytes, index_width, pack_nm, unpack_nm
 from lightning_step.functional.radam import preconditioned_radam_step, radam_step, rectification
+from lightning_step.functional.rate import rate_factor
 from lightning_step.functional.schedule import Fading, decay_frames, mask_decay, structure_decay
 from lightning_step.functional.stats import (
     Violation,
@@ -102,6 +103,7 @@ __all__ = [
     "preconditioner",
     "pruned_part",
     "radam_step",
+    "rate_factor",
     "ratio_compute",
     "rectification",
     "search_allocation",

@@ -11,7 +11,7 @@ from lightning_step.errors import ArgumentTypeError, ConfigurationError
 from lightning_step.recipes.plan import Plan
 from lightning_step.recipes.switches import Switch
 
-__all__ = ["Recipe", "check_lam", "check_switch", "describe"]
+__all__ = ["Recipe", "check_lam", "check_power", "check_switch", "describe"]
 
 
 class Recipe(ABC):
@@ -72,6 +72,26 @@ def check_lam(lam: float) -> None:
     """
     if not lam >= 0:
         raise ConfigurationError(f"Expected `lam` >= 0, but got {lam!r}. It pulls pruned weights towards zero.")
+
+
+def check_power(name: str, power: object) -> None:
+    """Refuse a power that would slow masked tensors down, or blow them up.
+
+    Args:
+        name: The argument it was given as.
+        power: What was given.
+
+    Raises:
+        ConfigurationError: If it is not in [0, 2].
+
+    Example:
+        >>> check_power("power", 1.0)
+    """
+    if isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 <= power <= 2:
+        raise ConfigurationError(
+            f"Expected 0 <= `{name}` <= 2, the power of m/n that the rate of masked tensors is multiplied with, but got "
+            f"{power!r}. 0 leaves the rate as it is."
+        )
 
 
 def check_switch(name: str, value: object) -> None:

@@ -19,9 +19,11 @@ __all__ = [
     "Moment",
     "PatternRule",
     "Plan",
+    "RateRule",
     "Scope",
     "final_pattern",
     "full_strength",
+    "given_rate",
 ]
 
 Scope = Literal["masked", "all"]
@@ -92,6 +94,10 @@ AllocationRule = Callable[[Sequence[str], Sequence[Layer]], Sequence[NMPattern]]
 """Which n:m each tensor is to end with, from names and statistics of all; asked once, when masks begin."""
 
 
+RateRule = Callable[[NMPattern, float], float]
+"""What the learning rate of a masked tensor is multiplied with, from its n:m and what pruned weights are multiplied with."""
+
+
 def final_pattern(name: str, pattern: NMPattern, moment: Moment) -> NMPattern:
     """The rule of most recipes: every tensor has the n:m it is to end with, from the start.
 
@@ -126,6 +132,23 @@ def full_strength(moment: Moment) -> float:
     return 0.0
 
 
+def given_rate(pattern: NMPattern, leak: float) -> float:
+    """The rule of most recipes: masked tensors are trained at the rate of all others.
+
+    Args:
+        pattern: The n:m now.
+        leak: What pruned weights are multiplied with.
+
+    Returns:
+        1.
+
+    Example:
+        >>> given_rate(NMPattern(2, 4), 0.0)
+        1.0
+    """
+    return 1.0
+
+
 @dataclass(frozen=True)
 class Plan:
     """A recipe's three answers.
@@ -137,6 +160,7 @@ class Plan:
             torch optimizer will do.
         pattern: Which n:m has a tensor now. From the last step of a run on it has to be the one it is to end with.
         fade: What pruned weights are multiplied with now. From the last step of a run on it has to be 0.
+        rate: What the learning rate of a masked tensor is multiplied with, while masks are on.
         allocate: Which n:m each tensor is to end with; None: the one the user gave it.
 
     Example:
@@ -150,4 +174,5 @@ class Plan:
     freeze: Freeze | None = None
     pattern: PatternRule = final_pattern
     fade: FadeRule = full_strength
+    rate: RateRule = given_rate
     allocate: AllocationRule | None = None

@@ -111,7 +111,7 @@ def test_every_row_trains_and_switches_when_it_says(row: str, tmp_path: Path) ->
     assert math.isfinite(line["loss"])
     assert line["steps"] == 20 * entry.steps
     if entry.switch is not None:
-        assert line["switch_steps"] == [round(20 * entry.switch)]
+        assert line["switch_steps"][-1] == round(20 * entry.switch)  # masks may have come before
     assert (line["switches"] == []) == (row in {"dense", "dense, SGD", "dense, twice the steps"})
 
 
