@@ -10,8 +10,8 @@ from typing_extensions import override
 
 from lightning_step.functional import rate_factor
 from lightning_step.recipes.base import Recipe, check_power
-from lightning_step.recipes.baselines import SRSTE
 from lightning_step.recipes.plan import Plan
+from lightning_step.recipes.step import STEP
 from lightning_step.recipes.wrapper import Wrapper
 
 __all__ = ["RateScale"]
@@ -35,7 +35,7 @@ class RateScale(Wrapper):
         ConfigurationError: If ``recipe`` has no masks, or ``power`` is no number.
 
     Example:
-        >>> from lightning_step import NMPattern
+        >>> from lightning_step import NMPattern, SRSTE
         >>> RateScale(SRSTE(), power=0.5).plan().rate(NMPattern(1, 4), 0.0)
         2.0
 
@@ -43,7 +43,7 @@ class RateScale(Wrapper):
         See `lightning_step.functional.rate_factor`.
     """
 
-    recipe: Recipe = field(default_factory=SRSTE)
+    recipe: Recipe = field(default_factory=STEP)
     power: float = 1.0
 
     def __post_init__(self) -> None:

@@ -4,11 +4,24 @@ import dataclasses
 
 import pytest
 
-from lightning_step import ASP, SRSTE, STE, STEP, AtStep, AutoSwitch, Dense, DenseTail, Layerwise, MaskDecay, StructureDecay
+from lightning_step import (
+    ASP,
+    SRSTE,
+    STE,
+    STEP,
+    AtStep,
+    AutoSwitch,
+    Dense,
+    DenseTail,
+    Layerwise,
+    MaskDecay,
+    RateScale,
+    StructureDecay,
+)
 from lightning_step.errors import ArgumentTypeError, ConfigurationError
 
-KINDS = [StructureDecay, MaskDecay, Layerwise, DenseTail]
-CHANGES = {StructureDecay: "pattern", MaskDecay: "fade", Layerwise: "allocate", DenseTail: "pattern"}
+KINDS = [StructureDecay, MaskDecay, Layerwise, DenseTail, RateScale]
+CHANGES = {StructureDecay: "pattern", MaskDecay: "fade", Layerwise: "allocate", DenseTail: "pattern", RateScale: "rate"}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -56,3 +69,9 @@ def test_two_kinds_compose_in_either_order(kind, other):
         plans = [outer(inner(STE())).plan() for outer, inner in ((kind, other), (other, kind))]
         for plan in plans:
             assert all(getattr(plan, CHANGES[k]) != getattr(STE().plan(), CHANGES[k]) for k in (kind, other))
+
+
+@pytest.mark.parametrize("power", [-0.1, 2.1, float("nan"), "1", None, True])
+def test_a_power_that_would_slow_down_or_blow_up_is_refused(power):
+    with pytest.raises(ConfigurationError, match=r"^Expected 0 <= `power` <= 2, .* but got"):
+        RateScale(STE(), power)
