@@ -70,7 +70,7 @@ def test_a_recipe_trains_as_groups_made_by_hand_would(make):
         assert torch.equal(own, theirs)
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "Ada" in name and name != "Adagrad" or "NAdam" in name])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "Adam" in name])
 def test_a_frozen_second_moment_gets_the_same_rate(name):
     recipe = STEP(AtStep(6), lam=1e-2, masks_from=AtStep(0))
     own = trained(OPTIMIZERS[name], RateScale(recipe), by_hand=False)
@@ -202,9 +202,7 @@ def test_checkpoints_do_not_know_of_it_and_a_resumed_run_goes_on_bit_for_bit():
 def test_one_rate_for_all_is_refused_and_nothing_is_changed():
     model = network()
     optimizer = LBFGS(model.parameters())
-    with pytest.raises(
-        OptimizerError, match=r"^Expected an optimizer with a learning rate per parameter group, but got LBFGS"
-    ):
+    with pytest.raises(OptimizerError, match=r"^Expected an optimizer with a learning rate per .* group, but got LBFGS"):
         Sparsifier(model, optimizer, recipe=RateScale(STE()))
     assert type(model[0]) is nn.Linear
 
