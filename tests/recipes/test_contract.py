@@ -23,8 +23,10 @@ from lightning_step import (
     Layerwise,
     MaskDecay,
     NMPattern,
+    RateScale,
     Sparsifier,
     StructureDecay,
+    default_recipe,
     export_model,
     nm_masks,
     strip,
@@ -63,6 +65,10 @@ RECIPES = {
     "DenseTail(STE)": DenseTail(STE(), start=0.75),
     "DenseTail(SRSTE)": DenseTail(SRSTE(lam=1e-2), start=6),
     "DenseTail(STEP)": DenseTail(STEP(AtStep(4), lam=1e-2), start=9),
+    "RateScale(ASP)": RateScale(ASP(AtStep(6))),
+    "RateScale(SRSTE)": RateScale(SRSTE(lam=1e-2), power=0.5),
+    "RateScale(STEP)": RateScale(STEP(AtStep(6), lam=1e-2)),
+    "default": default_recipe(),
     "everything at once": DenseTail(MaskDecay(Layerwise(StructureDecay(STEP(AtStep(4)), end=9), by="erk"), end=8), start=10),
 }
 STEPS = 12
