@@ -8,6 +8,9 @@ Note [Tie-breaking]
 Note [NaN]
     A NaN score counts as plus infinity. It is kept, so it stays visible in the loss instead of being masked away, and
     the count of kept weights stays exactly ``n``.
+
+Which way a mask is computed (see `lightning_step.functional.kernels`) depends on device, dtype, pattern and size; the mask
+does not.
 """
 
 from __future__ import annotations
@@ -16,12 +19,10 @@ import torch
 from torch import Tensor
 
 from lightning_step.errors import PatternError
+from lightning_step.functional.kernels import Order, as_magnitudes, as_scores, keep_in_groups
 from lightning_step.pattern import NMPattern
 
 __all__ = ["apply_mask", "as_groups", "magnitude_mask", "nm_mask"]
-
-# Up to this group size m(m-1)/2 element-wise comparisons beat a sort of every group.
-_PAIRWISE_MAX_M = 8
 
 
 def as_groups(tensor: Tensor, pattern: NMPattern, dim: int = -1) -> Tensor:
@@ -80,12 +81,7 @@ def nm_mask(scores: Tensor, pattern: NMPattern, dim: int = -1) -> Tensor:
     References:
         Lu et al., `STEP <https://arxiv.org/abs/2302.01172>`_, ICML 2023, section 2.
     """
-    groups = as_groups(_comparable(scores.detach()), pattern, dim)  # (..., k, m, ...)
-    place = dim % scores.dim() + 1
-    if pattern.n == pattern.m:
-        return torch.ones_like(scores, dtype=torch.bool)
-    kept = _pairwise(groups, pattern.n, place) if pattern.m <= _PAIRWISE_MAX_M else _sorted(groups, pattern.n, place)
-    return kept.flatten(place - 1, place)
+    return _mask(scores.detach(), pattern, dim, as_scores)
 
 
 def magnitude_mask(weight: Tensor, pattern: NMPattern, dim: int = -1) -> Tensor:
@@ -106,7 +102,7 @@ def magnitude_mask(weight: Tensor, pattern: NMPattern, dim: int = -1) -> Tensor:
         >>> magnitude_mask(torch.tensor([0.1, -3.0, 0.2, 0.2]), NMPattern(2, 4))
         tensor([False,  True,  True, False])
     """
-    return nm_mask(weight.detach().abs(), pattern, dim)
+    return _mask(weight.detach(), pattern, dim, as_magnitudes)
 
 
 def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
@@ -128,26 +124,9 @@ def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
 
 
-def _comparable(scores: Tensor) -> Tensor:
-    if not scores.dtype.is_floating_point:
-        return scores
-    if scores.dtype.itemsize == 1:  # float8 has no comparison kernels; the cast is exact
-        scores = scores.float()
-    return torch.nan_to_num(scores, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-
-
-def _pairwise(groups: Tensor, n: int, place: int) -> Tensor:
-    parts = groups.unbind(place)
-    # losses[i] counts who beats i: a sum over the other m-1 members, at most 7, so uint8 holds it.
-    losses = [torch.zeros_like(parts[0], dtype=torch.uint8) for _ in parts]
-    for i, earlier in enumerate(parts):
-        for j in range(i + 1, len(parts)):
-            earlier_wins = earlier >= parts[j]
-            losses[j] += earlier_wins
-            losses[i] += ~earlier_wins
-    return torch.stack([lost < n for lost in losses], dim=place)
-
-
-def _sorted(groups: Tensor, n: int, place: int) -> Tensor:
-    order = groups.argsort(dim=place, descending=True, stable=True)
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(place, order.narrow(place, 0, n), True)
+def _mask(tensor: Tensor, pattern: NMPattern, dim: int, order: Order) -> Tensor:
+    groups = as_groups(tensor, pattern, dim)  # (..., k, m, ...)
+    if pattern.n == pattern.m:
+        return torch.ones_like(tensor, dtype=torch.bool)
+    place = dim % tensor.dim() + 1
+    return keep_in_groups(groups, place, pattern.n, order).flatten(place - 1, place)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lightning_step.functional.mask as mask_module
+import lightning_step.functional.kernels as kernels
 from lightning_step import NMPattern
 from lightning_step.errors import PatternError
 from lightning_step.functional import apply_mask, as_groups, magnitude_mask, nm_mask
@@ -68,19 +68,34 @@ def test_magnitude_mask_is_the_best_of_all_masks_of_magnitudes(case):
     assert torch.equal(magnitude_mask(weight, pattern, dim), oracle(weight.double().abs(), pattern, dim))
 
 
+PATHS = {  # limits between the ways to compute a mask, set so that one of them serves every size
+    "sorted": {"_NETWORK_MAX_M": 1},
+    "network": {"_SMALL": -1, "_NETWORK_MAX_M": 1000},
+    "blocks": {"_SMALL": -1, "_NETWORK_MAX_M": 1000, "_PLACE_ELEMENTS": 2},
+}
+every_path = pytest.mark.parametrize("path", PATHS)
+
+
+@pytest.fixture
+def by(monkeypatch):
+    """Make one way serve from now on."""
+    return lambda path: [monkeypatch.setattr(kernels, name, value) for name, value in PATHS[path].items()]
+
+
+@every_path
+@pytest.mark.parametrize("function", [nm_mask, magnitude_mask])
 @given(cases())
-@settings(max_examples=100, deadline=None)
-def test_pairwise_and_sorting_paths_agree(case):
+@settings(max_examples=60, deadline=None)
+def test_every_path_gives_the_same_mask(function, path, case):
     scores, pattern, dim = case
+    expected = oracle(scores.double().abs() if function is magnitude_mask else scores, pattern, dim)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mask_module, "_PAIRWISE_MAX_M", 1)
-        by_sorting = nm_mask(scores, pattern, dim)
-        patch.setattr(mask_module, "_PAIRWISE_MAX_M", 1000)
-        by_pairs = nm_mask(scores, pattern, dim)
-    assert torch.equal(by_sorting, by_pairs)
+        for name, value in PATHS[path].items():
+            patch.setattr(kernels, name, value)
+        assert torch.equal(function(scores, pattern, dim), expected)
 
 
-@pytest.mark.parametrize("longest", [1, 1000], ids=["sorted", "pairwise"])
+@every_path
 @pytest.mark.parametrize(
     ("n", "scores", "kept"),
     [
@@ -99,15 +114,15 @@ def test_pairwise_and_sorting_paths_agree(case):
         (2, [NAN, 9, INF, NAN], [1, 0, 1, 0]),
     ],
 )
-def test_literal_groups(monkeypatch, longest, n, scores, kept):
-    monkeypatch.setattr(mask_module, "_PAIRWISE_MAX_M", longest)
+def test_literal_groups(by, path, n, scores, kept):
+    by(path)
     assert nm_mask(torch.tensor(scores), NMPattern(n, 4)).int().tolist() == kept
 
 
-@pytest.mark.parametrize("longest", [1, 1000], ids=["sorted", "pairwise"])
+@every_path
 @pytest.mark.parametrize("dtype", DTYPES[:4], ids=str)
-def test_neighbouring_numbers_of_a_dtype_are_not_ties(monkeypatch, longest, dtype):
-    monkeypatch.setattr(mask_module, "_PAIRWISE_MAX_M", longest)
+def test_neighbouring_numbers_of_a_dtype_are_not_ties(by, path, dtype):
+    by(path)
     info = torch.finfo(dtype)
     pairs = torch.tensor([[1, 1 + info.eps], [0, info.smallest_normal], [info.max, INF], [-INF, info.min]], dtype=dtype)
     assert nm_mask(pairs, NMPattern(1, 2)).tolist() == [[False, True]] * 4
