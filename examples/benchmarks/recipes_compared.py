@@ -93,12 +93,13 @@ def early(lam: float) -> STEP:
     return STEP(AtStep(0.1), lam)
 
 
-def default(lam: float) -> RateScale:
-    """The default recipe at another lam."""
+def default(lam: float | None = None, power: float | None = None) -> RateScale:
+    """The default recipe, at another lam or power."""
     recipe = default_recipe()
     assert isinstance(recipe, RateScale)
     assert isinstance(recipe.recipe, STEP)
-    return replace(recipe, recipe=replace(recipe.recipe, lam=lam))
+    inner = recipe.recipe if lam is None else replace(recipe.recipe, lam=lam)
+    return RateScale(inner, recipe.power if power is None else power)
 
 
 def paper(lam: float) -> STEP:
@@ -164,6 +165,7 @@ ROWS = {
     "SR-STE + DenseTail": Entry(lambda lam: DenseTail(SRSTE(lam))),
     "SR-STE + Layerwise": Entry(lambda lam: Layerwise(SRSTE(lam), by="erk")),
     f"{DEFAULT}, untuned": untuned(default_recipe()),
+    f"{DEFAULT}, root of m/n, untuned": untuned(default(power=0.5)),
     "SR-STE, untuned": untuned(SRSTE()),
     "ASP, untuned": untuned(ASP()),
     "STEP, as in the paper, untuned": untuned(paper(0.0)),
@@ -195,7 +197,7 @@ CHANGES = {
     **{f"v frozen at {share} %": switching_default(share / 100) for share in (10, 30, 50, 70)},
     "v live": in_default("v live", lambda lam: RateScale(SRSTE(lam))),
     "no scaled rate": in_default("no scaled rate", lambda lam: default(lam).recipe),
-    "rate times the root of m/n": in_default("rate times the root of m/n", lambda lam: replace(default(lam), power=0.5)),
+    "rate times the root of m/n": in_default("rate times the root of m/n", lambda lam: default(lam, power=0.5)),
     "the default + StructureDecay": in_default("+ StructureDecay", lambda lam: StructureDecay(default(lam))),
     "the default + MaskDecay": in_default("+ MaskDecay", lambda lam: MaskDecay(default(lam))),
     "no masks, v frozen": in_step("no masks", lambda lam: Parts(lam, mask=False, freezes=True)),
