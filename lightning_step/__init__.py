@@ -4,6 +4,7 @@ from lightning_step.callbacks import SparseExport, SparsityMonitor, STEPSparsity
 from lightning_step.errors import LightningStepError
 from lightning_step.events import SwitchEvent
 from lightning_step.export import export_model, load_sparse
+from lightning_step.freshness import kept_weights
 from lightning_step.parametrization import NMMask, apply_nm_masks, latent_weights, nm_masks, strip
 from lightning_step.pattern import NMPattern
 from lightning_step.recipes import (
@@ -64,6 +65,7 @@ __all__ = [
     "default_recipe",
     "export_model",
     "find_targets",
+    "kept_weights",
     "latent_weights",
     "load_sparse",
     "nm_masks",

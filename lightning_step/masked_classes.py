@@ -14,11 +14,12 @@ Note [Classes on top]
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lightning_step.errors import ConfigurationError
@@ -169,6 +170,7 @@ def _masked_class(original: type[nn.Module], attributes: tuple[str, ...]) -> typ
     if key not in _masked_classes:
         members: dict[str, Any] = {attribute: _masked_property(attribute) for attribute in attributes}
         members |= {"_nm_original": original, "__reduce_ex__": _reduce, "__delattr__": _delete, "__module__": __name__}
+        members["train"] = _train_of(original)
         members |= recurrent_members(original, lambda module: masks_off(masks_of(module).values()))
         _masked_classes[key] = type(f"Masked{original.__name__}", (original,), members)
     return _masked_classes[key]
@@ -181,12 +183,24 @@ def _masked_property(attribute: str) -> property:
         parameter = self._parameters[attribute]
         if parameter is not None and any_sharded((parameter,)) and _keeps_what_it_reads(sys._getframe(1)):
             return parameter
-        return self._nm_masks[attribute](parameter)  # type: ignore[index, operator]
+        mask = masks_of(self)[attribute]
+        if torch.compiler.is_compiling():  # a graph computes its own, and must not depend on what is kept
+            return mask(parameter)
+        return mask.shown(parameter, self.training)
 
     def refuse(self: nn.Module, value: Any) -> NoReturn:  # a Parameter never comes here: nn.Module registers it
         raise _taken_away(self, attribute)
 
     return property(read, refuse, doc="The masked weight; the latent one is registered under the same name.")
+
+
+def _train_of(original: type[nn.Module]) -> Callable[..., nn.Module]:
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        for mask in masks_of(self).values():
+            mask.kept.drop()
+        return original.train(self, mode)
+
+    return train
 
 
 def _keeps_what_it_reads(reader: FrameType) -> bool:

@@ -128,6 +128,20 @@ class MaskSet:
                 weight = local(parameter)
                 _hold(weight, self._masks[name].mask(weight))
 
+    def keep(self, on: bool) -> None:
+        """Have masks kept between the steps, or no longer. See Note [Freshness].
+
+        Args:
+            on: Whether to keep them.
+        """
+        for name, mask in self._masks.items():
+            mask.kept.train(on and not any_sharded((self.parameters[name],)))
+
+    def drop(self) -> None:
+        """Forget the masks that are kept: the weights have changed, or will."""
+        for mask in self._masks.values():
+            mask.kept.drop()
+
     def mask_of(self, name: str) -> Tensor:
         """The mask in force, or the one that it would be while masks are off.
 
@@ -170,7 +184,7 @@ class MaskSet:
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 weight = local(parameter)
-                term = pruned_part(weight, self._masks[name].mask(weight))
+                term = pruned_part(weight, self._masks[name].kept_mask(weight))
                 if grad_scale is not None:
                     term *= grad_scale.to(term)
                 local(parameter.grad).add_(term, alpha=self._rule.lam)
@@ -185,7 +199,7 @@ class MaskSet:
         self._before.clear()
         self._kept.clear()
         if self._measure or (self.enabled and self._rule.fixed):
-            self._before = {name: self._masks[name].mask(local(p)) for name, p in self.parameters.items()}
+            self._before = {name: self._masks[name].kept_mask(local(p)) for name, p in self.parameters.items()}
 
     def after_step(self, t: int) -> float | None:
         """Hold fixed masks, bring the patterns up to date, measure.

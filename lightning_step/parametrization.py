@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_step.errors import ArgumentTypeError, ConfigurationError
+from lightning_step.freshness import Kept
 from lightning_step.functional import apply_mask, magnitude_mask, straight_through
 from lightning_step.masked_classes import masks_of, masks_off, put_mask, take_masks
 from lightning_step.naming import named_modules, submodule
@@ -69,6 +70,7 @@ class NMMask(nn.Module):
         self.gradient: Gradient = gradient
         self.enabled = enabled
         self.leak = 0.0  # what pruned weights are multiplied with; above 0 while a recipe lets the mask come on slowly
+        self.kept = Kept()
 
     @property
     def prunes(self) -> bool:
@@ -90,6 +92,43 @@ class NMMask(nn.Module):
         """
         return like(magnitude_mask(local(weight.detach()), self.pattern, self.dim), weight)  # see Note [Shards]
 
+    def kept_mask(self, weight: Tensor) -> Tensor:
+        """The mask this weight has now, computed once for each of its states while it trains. See Note [Freshness].
+
+        Args:
+            weight: The latent weight.
+
+        Returns:
+            Boolean, the shape of ``weight``; to be read, not written.
+
+        Example:
+            >>> NMMask(NMPattern(1, 2)).kept_mask(torch.tensor([1., -2.]))
+            tensor([False,  True])
+        """
+        return self.kept.mask(weight, (self.pattern, self.dim), lambda: self.mask(weight))
+
+    def shown(self, weight: Tensor, training: bool) -> Tensor:
+        """What a layer reads as its weight: as `forward`, with what is kept. See Note [Freshness].
+
+        Args:
+            weight: The latent weight.
+            training: Whether the layer is in training mode.
+
+        Returns:
+            The masked weight; the latent weight itself while not enabled.
+
+        Example:
+            >>> NMMask(NMPattern(1, 2)).shown(torch.tensor([1., -2.]), training=True)
+            tensor([ 0., -2.])
+        """
+        if not self.enabled:
+            return weight
+        if training:
+            return self._through(weight, self.kept_mask(weight))
+        if not self.kept.windows or torch.is_grad_enabled():
+            return self.forward(weight)
+        return self.kept.weight(weight, (self.pattern, self.dim, self.leak), lambda: self.forward(weight))
+
     def forward(self, weight: Tensor) -> Tensor:
         """Mask a weight.
 
@@ -103,9 +142,9 @@ class NMMask(nn.Module):
             >>> NMMask(NMPattern(1, 2), enabled=False)(torch.tensor([1., -2.]))
             tensor([ 1., -2.])
         """
-        if not self.enabled:
-            return weight
-        mask = self.mask(weight)
+        return self._through(weight, self.mask(weight)) if self.enabled else weight
+
+    def _through(self, weight: Tensor, mask: Tensor) -> Tensor:
         if self.gradient == "straight_through":
             return straight_through(weight, mask, self.leak)
         return torch.where(mask, weight, weight * self.leak) if self.leak else apply_mask(weight, mask)

@@ -24,6 +24,7 @@ __all__ = [
     "any_sharded",
     "check_groups",
     "first_row",
+    "gathers",
     "is_first",
     "like",
     "local",
@@ -240,6 +241,22 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _RESHARDS):
             module.reshard()  # type: ignore[operator]
+
+
+def gathers(model: nn.Module) -> bool:
+    """Whether a model's weights are put together for each forward pass, by FSDP2.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        True if so for at least one of its modules.
+
+    Example:
+        >>> gathers(nn.Linear(1, 1))
+        False
+    """
+    return any(isinstance(module, _RESHARDS) for module in model.modules())
 
 
 def world_size() -> int:

@@ -64,8 +64,8 @@ class Sparsifier:
         ...     model(torch.ones(1, 8)).square().sum().backward()
         ...     optimizer.step()
         ...     optimizer.zero_grad()
-        >>> sparsifier.events[0].step, sparsifier.events[0].rule, int(model.weight.count_nonzero())
-        (5, 't_max reached', 16)
+        >>> [(event.step, event.rule) for event in sparsifier.events], int(model.weight.count_nonzero())
+        ([(0, 'fixed step reached'), (5, 't_max reached')], 16)
 
     References:
         Lu et al., `STEP <https://arxiv.org/abs/2302.01172>`_, ICML 2023, algorithm 1.
@@ -130,6 +130,7 @@ class Sparsifier:
         self._rates = StepRates(optimizer)
         self.notes = self._board.notes  # what a user should know before the first step
         self._hooks = StepHooks(optimizer, self._before_step, self._after_step)
+        self.masks.keep(True)
         self._decide()
 
     @property
@@ -196,6 +197,7 @@ class Sparsifier:
         # All that can be refused has been refused: only now is anything changed.
         self.t, self.events, self._board, self._flip_rate = t, events, board, flip_rate
         self.masks.load_state_dict(state.get("patterns", {}), masks, t)
+        self.masks.drop()
         self._resumed = True
 
     def check_restored(self) -> None:
@@ -212,6 +214,7 @@ class Sparsifier:
         """Take the hooks off the optimizer; masks stay as they are."""
         self._rates.end()
         self._hooks.remove()
+        self.masks.keep(False)
 
     def _before_step(self) -> None:
         self._live = any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
@@ -230,6 +233,7 @@ class Sparsifier:
         self._rates.begin(self.masks.rates)
 
     def _after_step(self) -> None:
+        self.masks.drop()  # their memory
         if not self._live:
             return
         self._live = False

@@ -30,6 +30,7 @@ LAYERS = {
         "targets",
         "sharding",
         "masked_classes",
+        "freshness",
         "parametrization",
         "optim",
         "sampling",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ from lightning_step.callbacks.trainer import (
     total_steps,
 )
 from lightning_step.errors import ConfigurationError, ResumeError, TargetError
+from lightning_step.freshness import drop_kept, kept_weights
 from lightning_step.masking import parameter_of, restore_masks
 from lightning_step.monitoring import Monitor, MonitorOptions, check_interval
 from lightning_step.parametrization import apply_nm_masks, nm_masks
@@ -110,6 +112,7 @@ class STEPSparsityCallback(pl.Callback):
         self._fitting = False  # from the fit's start, when the optimizers are hooked, to its end
         self._console = Console()
         self._monitor = Monitor([], [], MonitorOptions(every=0))
+        self._evaluation: ExitStack | None = None  # while nobody is expected to write weights
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -180,6 +183,12 @@ class STEPSparsityCallback(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called before validation. Outside of fitting, switches masks on if the loaded checkpoint had them on."""
         self._enable_restored(pl_module)
+        drop_kept(pl_module)  # callbacks that swap averages in write past autograd, and not every model calls eval()
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after validation. Forgets what was kept: the weights of training may be swapped in again."""
+        drop_kept(pl_module)
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -190,6 +199,42 @@ class STEPSparsityCallback(pl.Callback):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called before predicting. Switches masks on if the loaded checkpoint had them on."""
         self._enable_restored(pl_module)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Called before every batch of validation. From the first on, when weights are in place, each is masked once."""
+        self._begin_evaluation(pl_module)
+
+    @override
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Called before every batch of a test. From the first on, when weights are in place, each is masked once."""
+        self._begin_evaluation(pl_module)
+
+    @override
+    def on_predict_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Called before every batch to predict. From the first on, when weights are in place, each is masked once."""
+        self._begin_evaluation(pl_module)
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after the last batch of validation. Weights may change from here on."""
+        self._end_evaluation()
+
+    @override
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after the last batch of a test. Weights may change from here on."""
+        self._end_evaluation()
+
+    @override
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after the last batch to predict. Weights may change from here on."""
+        self._end_evaluation()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -229,7 +274,7 @@ class STEPSparsityCallback(pl.Callback):
 
         Example:
             >>> STEPSparsityCallback().manifest_info()["recipe"]["type"]
-            'STEP'
+            'RateScale'
         """
         events = [str(event) for sparsifier in self.sparsifiers for event in sparsifier.events]
         return {"recipe": describe(self.recipe), "switches": events}
@@ -290,7 +335,18 @@ class STEPSparsityCallback(pl.Callback):
             check_config(saved, {**config_of(self.recipe, there), "recipe": saved["recipe"]})
             restore_masks({target.name: masks[target.name] for target in there}, own)
 
+    def _begin_evaluation(self, pl_module: pl.LightningModule) -> None:
+        if self._evaluation is None:
+            self._evaluation = ExitStack()
+            self._evaluation.enter_context(kept_weights(pl_module))
+
+    def _end_evaluation(self) -> None:
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None
+
     def _end(self, pl_module: pl.LightningModule) -> None:
+        self._end_evaluation()
         self._handover.keep(pl_module)
         self._fitting = False
         for sparsifier in self.sparsifiers:

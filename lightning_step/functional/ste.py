@@ -13,8 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_step.functional.mask import apply_mask
-
 __all__ = ["pruned_part", "straight_through"]
 
 
@@ -74,4 +72,4 @@ def pruned_part(weight: Tensor, mask: Tensor) -> Tensor:
     References:
         Zhou et al., 2021, equation 9.
     """
-    return apply_mask(weight.detach(), ~mask)
+    return torch.where(mask, torch.zeros((), dtype=weight.dtype, device=weight.device), weight.detach())
