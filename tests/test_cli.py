@@ -105,8 +105,9 @@ def test_a_fit_reports_the_switch_and_the_file(configure, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert "N:M masks on 1 of 2 tensors: 64 of 66 weights (97.0 %), of which 32 are kept" in lines
-    [switch] = [line for line in lines if line.startswith("lightning-step, optimizer step ")]
-    assert switch.startswith("lightning-step, optimizer step 6: masks on, second moment frozen (1 tensor); t_max reached: ")
+    masks, freeze = (line for line in lines if line.startswith("lightning-step, optimizer step "))
+    assert masks.startswith("lightning-step, optimizer step 0: masks on (1 tensor); ")
+    assert freeze.startswith("lightning-step, optimizer step 6: second moment frozen (1 tensor); t_max reached: ")
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert f"lightning-step, wrote out/model.safetensors (dense, {size:,} bytes): 1 tensor verified" in lines
     weight = load_sparse(tmp_path / "out" / "model.safetensors")["layer.weight"]

@@ -17,9 +17,11 @@ from lightning_step import (
     Concentration,
     Dense,
     MaskDecay,
+    RateScale,
     Sparsifier,
     StructureDecay,
     SwitchEvent,
+    default_recipe,
     nm_masks,
 )
 from lightning_step.errors import ResumeError
@@ -261,9 +263,11 @@ def test_detached_the_optimizer_is_the_stock_one_and_masks_stay():
     assert int(run.masks().sum()) == 96
 
 
-def test_the_recipe_is_step_unless_told():
+def test_without_a_recipe_it_is_the_default_with_masks_from_the_start_and_v_frozen_in_the_second_part():
     model = make_net()
-    assert Sparsifier(model, AdamW(model.parameters()), total_steps=9).recipe == STEP()
+    sparsifier = Sparsifier(model, AdamW(model.parameters()), total_steps=9)
+    assert sparsifier.recipe == default_recipe() == RateScale(STEP(AutoSwitch(t_min=0.4), masks_from=AtStep(0)))
+    assert (sparsifier.phase, sparsifier.frozen) == (2, [])
 
 
 # Coming back to an earlier state ------------------------------------------------------------------------------------
