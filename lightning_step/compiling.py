@@ -128,7 +128,8 @@ def _compile_errors() -> tuple[type[BaseException], ...]:
 
 
 def _tell(error: BaseException) -> None:
-    reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    # The first line often only names the one that failed, and the second one why.
+    reason = " ".join([f"{type(error).__name__}:", *str(error).split("\n\n")[0].split()])[:300]
     if reason not in _failures:
         _failures.add(reason)
         _log.warning(f"kernels are not compiled, and run slower: {reason} (set {VARIABLE}=0 not to try)")

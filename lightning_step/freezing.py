@@ -8,7 +8,7 @@ Note [Withheld gradients]
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -143,6 +143,24 @@ class FrozenStep:
         self._withheld.clear()
 
     def _unscaled(self, grad_scale: Tensor | None) -> Mapping[Tensor, Tensor]:
-        if grad_scale is None:
-            return self._withheld
-        return {parameter: grad / grad_scale.to(grad.device) for parameter, grad in self._withheld.items()}
+        return self._withheld if grad_scale is None else _Unscaled(self._withheld, grad_scale)
+
+
+class _Unscaled(Mapping[Tensor, Tensor]):
+    """Gradients that are divided when they are asked for, so that there are never copies of all of them."""
+
+    def __init__(self, grads: Mapping[Tensor, Tensor], scale: Tensor) -> None:
+        self._grads, self._scale = grads, scale
+
+    def __getitem__(self, parameter: Tensor) -> Tensor:
+        grad = self._grads[parameter]
+        return grad / self._scale.to(grad.device)
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self._grads
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._grads)
+
+    def __len__(self) -> int:
+        return len(self._grads)

@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_step.errors import OptimizerError
 from lightning_step.functional import PreconditionForm, adam_bound, moment_behind, preconditioner
 from lightning_step.optim.base import Moments, SecondMomentAdapter
+from lightning_step.optim.kernel import move_compiled, worth_compiling
 from lightning_step.optim.move import Rule, move
 from lightning_step.optim.pieces import Number, Numbers, State, batches, parts
 from lightning_step.sharding import local, whole_count, whole_mean
@@ -141,11 +142,15 @@ class AdamAdapter(SecondMomentAdapter):
         grads: Mapping[Tensor, Tensor],
         max_step: float | None,
     ) -> None:
+        compiles = worth_compiling(group, parameters)
+        if compiles:
+            parameters = sorted(parameters, key=Tensor.numel)
         states = [optimizer.state[parameter] for parameter in parameters]
         self._advance(group, states)
         numbers, rate = self._numbers(group, states, max_step)
         rule = Rule.of(group, complement=1 - self.moments(group).beta1, rate=rate)
-        for batch in batches(parts(parameters, grads, states, numbers)):
+        given = parts(parameters, grads, states, numbers)
+        for batch in batches(move_compiled(given, rule) if compiles else given):
             move(batch, rule)
 
 

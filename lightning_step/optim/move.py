@@ -69,10 +69,10 @@ def move(batch: Batch, rule: Rule) -> None:
         (tensor([2.]), tensor([0.9000]))
     """
     grads = _effective(batch, rule)
-    if rule.keep is not None:
-        _shrink(batch.weights, rule.keep)
     torch._foreach_lerp_(batch.firsts, grads, rule.complement)
     updates = _updates(batch, grads)
+    if rule.keep is not None:
+        _shrink(batch.weights, rule.keep)  # last of all, so that they are fetched from memory once
     if isinstance(rule.rate, Tensor):  # it may live on the device: stay there
         torch._foreach_mul_(updates, [rule.rate.to(update) for update in updates])
         torch._foreach_sub_(batch.weights, updates)

@@ -134,13 +134,16 @@ def batches(given: Iterator[Part] | Sequence[Part]) -> Iterator[Batch]:
     """
     batch, size = Batch([], [], [], [], []), 0
     for part in given:
+        weights = part.weight.numel()
         limit = BYTES.get(part.weight.device.type, BYTES_ELSEWHERE) // part.weight.element_size()
-        for piece in _cut(part, limit):
-            if size and size + piece.weight.numel() > limit:
-                yield batch
-                batch, size = Batch([], [], [], [], []), 0
-            batch.add(piece)
-            size += piece.weight.numel()
+        if weights > limit:
+            yield from _cut(part, limit)
+            continue
+        if size + weights > limit:
+            yield batch
+            batch, size = Batch([], [], [], [], []), 0
+        batch.add(part)
+        size += weights
     if batch.weights:
         yield batch
 
@@ -172,10 +175,11 @@ def flat(part: Part) -> Part | None:
     return Part(weight, grad, first, root, part.numbers)
 
 
-def _cut(part: Part, limit: int) -> Iterator[Part]:
-    row = None if part.weight.numel() <= limit or hasattr(part.weight, "placements") else flat(part)
+def _cut(part: Part, limit: int) -> Iterator[Batch]:
+    row = None if hasattr(part.weight, "placements") else flat(part)
     if row is None:
-        yield part
+        yield Batch(*([of_one] for of_one in part))  # type: ignore[arg-type]
         return
+    numbers = [part.numbers]
     for weight, grad, first, root in zip(*(torch.split(tensor, limit) for tensor in row[:4]), strict=True):
-        yield Part(weight, grad, first, root, part.numbers)
+        yield Batch([weight], [grad], [first], [root], numbers)
