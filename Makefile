@@ -53,6 +53,11 @@ bench: $(VENV)/.ready ## every task, recipe and pattern, tuned, three seeds (hou
 gpu: ## the checks that need a CUDA device, with the Python and torch that are there (no installs)
 	@$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu
 
+# What a CUDA machine is lent for may end: each call runs what fits into nine minutes, and the next one goes on.
+.PHONY: gpu-bench
+gpu-bench: ## recipes compared on ResNet-18 and GPT-2 small, on a CUDA device that is there (no installs; call it again to go on)
+	@$(PYTHON) examples/benchmarks/bench.py gpu --data $(DATA) --budget-minutes 9 $(BENCH)
+
 .PHONY: coverage
 coverage: $(VENV)/.ready ## branch coverage of the package
 	@$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered

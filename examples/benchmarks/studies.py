@@ -16,7 +16,7 @@ from typing import Any
 
 from cells import Cell
 from recipes_compared import CHANGES, DEFAULT, ENTRIES, FROM_START, ROWS
-from tasks import CHAR, CIFAR10, DIGITS, MULTI30K, SST2, WIKITEXT, Grid, Task
+from tasks import CHAR, CIFAR10, CIFAR10_GPU, DIGITS, MULTI30K, SST2, WIKITEXT, WIKITEXT_GPU, Grid, Task
 
 Lines = Mapping[str, Mapping[str, Any]]  # results by key
 
@@ -208,4 +208,12 @@ MAIN = Study(
     finalists=1,
 )
 
-STUDIES = {"compare": COMPARE, "quick": QUICK, "main": MAIN}
+GPU = Study(
+    parts=(
+        Part(CIFAR10_GPU, rows=MAIN_ROWS, patterns=("2:4", "1:4", "1:8", "1:16")),
+        Part(WIKITEXT_GPU, rows=MAIN_ROWS),
+    ),
+    finalists=1,
+)
+
+STUDIES = {"compare": COMPARE, "quick": QUICK, "main": MAIN, "gpu": GPU}

@@ -238,4 +238,35 @@ WIKITEXT = Task(
     fetch="Fetch WikiText-2 or WikiText-103 and put their .tokens files there.",
 )
 
-TASKS = {task.name: task for task in (CHAR, DIGITS, CIFAR10, MULTI30K, SST2, WIKITEXT)}
+# For a large GPU: the networks of the paper, in runs of about a minute.
+ON_GPU = {"accelerator": "cuda", "precision": "bf16-mixed"}
+
+CIFAR10_GPU = CIFAR10.sized(
+    name="cifar10-resnet18",
+    model={"network": "resnet18", "size": "base", "dataset": "cifar10"},
+    data={"dataset": "cifar10", "folder": "{data}/cifar", "batch_size": 128},
+    steps=3000,
+    validate_every=1500,
+    batches=None,
+    adam=Grid((1e-3, 3e-3), (4e-3, 3e-2)),
+    trainer=ON_GPU,
+    pruned_to=("2:4", "1:4", "1:8", "1:16"),
+)
+
+WIKITEXT_GPU = WIKITEXT.sized(
+    name="wikitext-gpt2",
+    model={"pretrained": None, "size": "base", "vocabulary": 16_384, "context": 512, "dropout": 0.0},
+    data={
+        "folder": "{data}/wikitext-103",
+        "tokenizer": None,
+        "vocabulary": 16_384,
+        "context": 512,
+        "batch_size": 16,
+    },
+    steps=1000,
+    validate_every=500,
+    adam=Grid((6e-4, 1.2e-3), (4e-3, 3e-2)),
+    trainer=ON_GPU,
+)
+
+TASKS = {task.name: task for task in (CHAR, DIGITS, CIFAR10, MULTI30K, SST2, WIKITEXT, CIFAR10_GPU, WIKITEXT_GPU)}
