@@ -78,7 +78,7 @@ def as_magnitudes(weight: Tensor) -> Tensor:
         >>> as_magnitudes(torch.tensor([-0.0, 1.0, -1.0], dtype=torch.float16)).tolist()
         [0, 15360, 15360]
     """
-    return as_scores(weight.abs()) if weight.dtype not in _BITS or is_traced() else _magnitude_bits(weight)
+    return _magnitude_bits(weight) if weight.dtype in _BITS else as_scores(weight.abs())
 
 
 def keep_in_groups(groups: Tensor, place: int, n: int, order: Order) -> Tensor:
@@ -100,7 +100,8 @@ def keep_in_groups(groups: Tensor, place: int, n: int, order: Order) -> Tensor:
     """
     m = groups.shape[place]
     if type(groups) is not Tensor or groups.is_meta or is_traced():
-        return (_network if m <= (_NETWORK_MAX_M if n == 1 else _TRACED_MAX_M) else _sorted)(order(groups), place, n)
+        scores = as_scores(groups.abs() if order is as_magnitudes else groups)  # numbers: bits are not for every backend
+        return (_network if m <= (_NETWORK_MAX_M if n == 1 else _TRACED_MAX_M) else _sorted)(scores, place, n)
     if m > _NETWORK_MAX_M or groups.numel() <= _SMALL:
         return _sorted(order(groups), place, n)
     laid = _as_laid_out(groups)
