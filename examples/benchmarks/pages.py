@@ -27,7 +27,14 @@ def of_task(task: Json) -> list[str]:
         f"below{chosen}, the one with the best mean over all seeds. (edge): the best of the grid is at its edge.\n"
     ]
     for table in task["tables"]:
-        lines += [f"**{task['name']}, {table['pattern']}**\n", *main_table(task, table), ""]
+        lines += [f"**{task['name']}, {table['pattern']}**\n", *main_table(task, table["rows"], table["pruned"]), ""]
+        if table["untuned"]:
+            lines += [
+                f"{task['name']}, {table['pattern']}, at the best rate of dense training, each recipe as it comes; compared "
+                "with each other and not with the rows above:\n",
+                *main_table(task, table["untuned"]),
+                "",
+            ]
     if task["changes"]:
         lines += ["One thing changed, at the rate and lam of the row that it is changed in:\n", *change_table(task), ""]
     for optimizer in sorted({grid["optimizer"] for grid in task["grids"]}):
@@ -36,19 +43,19 @@ def of_task(task: Json) -> list[str]:
     return lines
 
 
-def main_table(task: Json, table: Json) -> list[str]:
+def main_table(task: Json, rows: Sequence[Json], pruned: Json | None = None) -> list[str]:
     """Every row at one pattern."""
-    rivals = sorted({name for row in table["rows"] for name in row["against"]}, reverse=True)
+    rivals = sorted({name for row in rows for name in row["against"]}, reverse=True)
     lines = header(
         "recipe", task["unit"].split(" in ")[0], "above dense", *(f"against {name}" for name in rivals),
         "of the gap", *second(task), "per seed", "rate", "lam", "switch after step",
     )  # fmt: skip
-    for row in table["rows"]:
+    for row in rows:
         against = [versus(row["against"].get(name)) for name in rivals]
         gap = "" if row["gap_closed"] is None else f"{100 * row['gap_closed']:.0f} %"
         lines.append(line(name_of(row), *scores(row), *against, gap, *second(task, row), *setting(row)))
-    if table["pruned"]:
-        row = table["pruned"]
+    if pruned:
+        row = pruned
         empty = ["" for _ in (*rivals, "gap", *second(task))]
         lines.append(line(row["row"], *scores(row), *empty, each(row), f"{row['lr']:g}", "", ""))
     return lines

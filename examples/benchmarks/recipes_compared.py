@@ -145,7 +145,6 @@ DEFAULT = "the default"
 FROM_START = "STEP, masks from the start, v frozen at 30 %"
 
 ROWS = {
-    DEFAULT: Entry(default),
     "dense": Entry(lambda lam: Dense(), has_lam=False, masked=False),
     "ASP": Entry(lambda lam: ASP(), has_lam=False),
     "STE": Entry(lambda lam: STE(), has_lam=False),
@@ -154,6 +153,7 @@ ROWS = {
     "STEP, nothing else said": Entry(lambda lam: STEP(), has_lam=False),
     "STEP, as in the paper": Entry(paper, has_lam=False),
     FROM_START: Entry(lambda lam: replace(step(lam), switch=AtStep(0.3), masks_from=AtStep(0))),
+    DEFAULT: Entry(default),
     "STEP + StructureDecay": Entry(lambda lam: StructureDecay(early(lam), end=0.45)),
     "STEP + MaskDecay": Entry(lambda lam: MaskDecay(early(lam), end=0.45)),
     "STEP + DenseTail": Entry(lambda lam: DenseTail(step(lam))),

@@ -20,6 +20,7 @@ Json = dict[str, Any]
 Settings = dict[tuple[float, float | None], dict[int, Line]]  # by rate and lam, then by seed
 
 RIVALS = ("SR-STE", "ASP")
+UNTUNED = ", untuned"  # what the names of rows end with that take the rate of dense training
 SIGNIFICANT = 0.05
 
 
@@ -99,7 +100,8 @@ def of_task(lines: Sequence[Line]) -> Json:
         "tables": [
             {
                 "pattern": pattern,
-                "rows": [rows[group] for group in order if group not in changes and group[1] in (pattern, "")],
+                "rows": [rows[group] for group in order if group in tuned and group[1] in (pattern, "")],
+                "untuned": [rows[group] for group in order if group not in {*tuned, *changes} and group[1] == pattern],
                 "pruned": pruned(rows.get(("dense", "")), groups, pattern),
             }
             for pattern in patterns
@@ -126,6 +128,7 @@ def row_of(
         "row": group[0],
         "pattern": group[1],
         "of": line["of"],
+        "untuned": bool(line.get("untuned")),
         "optimizer": line["optimizer"],
         "higher_is_better": line["metric"]["higher_is_better"],
         "lr": lr,
@@ -156,15 +159,16 @@ def relate(row: Json, rows: Mapping[tuple[str, str], Json]) -> None:
     """Add how a row stands to dense training, to its rivals, and to the row it changes."""
     dense = rows.get(("dense, SGD" if row["optimizer"] == "SGD" else "dense", ""))
     row["above_dense"] = None if dense is None else row["mean"] - dense["mean"]
-    others = [row["of"]] if row["of"] else [name for name in RIVALS if name != row["row"]]
+    rivals = [name + UNTUNED * row["untuned"] for name in RIVALS]
+    others = [row["of"]] if row["of"] else [name for name in rivals if name != row["row"]]
     row["against"] = {}
     for name in others:
         other = rows.get((name, row["pattern"])) or (rows.get((name, "")) if row["of"] else None)
         if other is not None and (row["pattern"] or row["of"]):
             row["against"][name] = verdict(compare(by_seed(row), by_seed(other)), row["higher_is_better"])
-    rival = rows.get((RIVALS[0], row["pattern"]))
+    rival = rows.get((rivals[0], row["pattern"]))
     row["gap_closed"] = None
-    if rival is not None and dense is not None and row["optimizer"] == rival["optimizer"] and row["row"] != RIVALS[0]:
+    if rival is not None and dense is not None and row["optimizer"] == rival["optimizer"] and row["row"] != rivals[0]:
         gap = gap_of(rival, dense)
         row["gap_closed"] = None if gap is None else (rival["mean"] - row["mean"]) / gap
 
@@ -192,14 +196,15 @@ def verdict(comparison: Comparison | None, higher_is_better: bool) -> Json | Non
 
 def summary(tasks: Sequence[Json]) -> Json:
     """For each row: how often it is significantly better and worse than its rivals, and how much of the gap it closes."""
-    rows = [row for task in tasks for table in task["tables"] for row in table["rows"] if row["pattern"]]
+    rows = [row for task in tasks for table in task["tables"] for row in table["rows"] + table["untuned"] if row["pattern"]]
     found = []
     for name in sorted({row["row"] for row in rows}, key=position):
         own = [row for row in rows if row["row"] == name]
         gaps = [row["gap_closed"] for row in own if row["gap_closed"] is not None]
         counts = {}
         for rival in RIVALS:
-            words = [row["against"][rival]["verdict"] for row in own if row["against"].get(rival)]
+            against = [row["against"].get(rival + UNTUNED * row["untuned"]) for row in own]
+            words = [one["verdict"] for one in against if one]
             counts[rival] = {"better": words.count("better"), "neither": words.count(""), "worse": words.count("worse")}
         mean = statistics.mean(gaps) if gaps else None
         found.append({"row": name, "compared": len(own), "against": counts, "gap_closed": mean, "gaps": len(gaps)})
@@ -217,7 +222,7 @@ def compared(tasks: Sequence[Json]) -> set[tuple[str, str, str, str]]:
     return {
         (task["name"], row["pattern"], *sorted((row["row"], other)))
         for task in tasks
-        for row in [*task["changes"], *(row for table in task["tables"] for row in table["rows"])]
+        for row in [*task["changes"], *(row for table in task["tables"] for row in table["rows"] + table["untuned"])]
         for other, one in row["against"].items()
         if one
     }
