@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from lightning_step.functional import (
     Layer,
-    apply_mask,
     flip_rate_update,
     kept_magnitude_update,
     order_statistics,
     pruned_part,
     ratio_compute,
 )
+from lightning_step.functional.bits import keep_
 from lightning_step.naming import submodule
 from lightning_step.parametrization import NMMask
 from lightning_step.pattern import NMPattern
@@ -301,7 +301,7 @@ class MaskSet:
 def _hold(parameter: Tensor, mask: Tensor) -> None:
     """Prune, in place; what is kept stays apart from what is pruned. See Note [Kept zeros]."""
     zeros = mask & (parameter == 0)
-    parameter.copy_(apply_mask(parameter, mask))
+    keep_(parameter, mask)
     parameter.masked_fill_(zeros, torch.finfo(parameter.dtype).smallest_normal)
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_step.compiling import compiled, is_traced, wants_compile
+from lightning_step.functional.bits import INTEGERS, as_laid_out, block_elements
 from lightning_step.functional.networks import keep_largest
 
 __all__ = ["Order", "as_magnitudes", "as_scores", "keep_in_groups"]
@@ -32,16 +33,15 @@ __all__ = ["Order", "as_magnitudes", "as_scores", "keep_in_groups"]
 Order = Callable[[Tensor], Tensor]
 """Makes a tensor comparable: a new one without NaN, in the order of the scores."""
 
-_BITS = {  # integers of the same size, and what infinity reads as
-    torch.float64: (torch.int64, 0x7FF0_0000_0000_0000),
-    torch.float32: (torch.int32, 0x7F80_0000),
-    torch.float16: (torch.int16, 0x7C00),
-    torch.bfloat16: (torch.int16, 0x7F80),
+_INFINITY = {  # as what it reads
+    torch.float64: 0x7FF0_0000_0000_0000,
+    torch.float32: 0x7F80_0000,
+    torch.float16: 0x7C00,
+    torch.bfloat16: 0x7F80,
 }
 _NETWORK_MAX_M = 32  # a longer group is sorted
 _TRACED_MAX_M = 8  # in somebody's graph, where every comparison is a node
 _SMALL = 512  # up to so many elements one sort costs less than the calls of a network
-_PLACE_ELEMENTS = 2**15  # in one block, at one place of the groups
 _COMPILED_ELEMENTS = {"cpu": 2**18, "cuda": 2**20}  # see Note [When a mask kernel is compiled]
 
 
@@ -78,7 +78,7 @@ def as_magnitudes(weight: Tensor) -> Tensor:
         >>> as_magnitudes(torch.tensor([-0.0, 1.0, -1.0], dtype=torch.float16)).tolist()
         [0, 15360, 15360]
     """
-    return _magnitude_bits(weight) if weight.dtype in _BITS else as_scores(weight.abs())
+    return _magnitude_bits(weight) if weight.dtype in INTEGERS else as_scores(weight.abs())
 
 
 def keep_in_groups(groups: Tensor, place: int, n: int, order: Order) -> Tensor:
@@ -104,19 +104,13 @@ def keep_in_groups(groups: Tensor, place: int, n: int, order: Order) -> Tensor:
         return (_network if m <= (_NETWORK_MAX_M if n == 1 else _TRACED_MAX_M) else _sorted)(scores, place, n)
     if m > _NETWORK_MAX_M or groups.numel() <= _SMALL:
         return _sorted(order(groups), place, n)
-    laid = _as_laid_out(groups)
+    laid = as_laid_out(groups)
     axis = laid.index(place)
     dense = groups.permute(laid).contiguous()
     between = dense.shape[axis + 1 :].numel()
     flat = dense.view(-1, m, between) if between > 1 else dense.view(-1, m)  # (groups, m, between two of a group)
     kept = (_compiled if _compiles(flat, order) else _eager)(flat, n, order)
     return kept.view(dense.shape).permute([laid.index(d) for d in range(groups.dim())])
-
-
-def _as_laid_out(tensor: Tensor) -> list[int]:
-    """The dimensions in the order they have in memory, so that a permuted tensor is read as it lies."""
-    strides: tuple[int, ...] = tensor.stride()
-    return sorted(range(tensor.dim()), key=lambda d: -strides[d] if tensor.shape[d] > 1 else 0)
 
 
 def _network(scores: Tensor, place: int, n: int) -> Tensor:
@@ -131,7 +125,7 @@ def _sorted(scores: Tensor, place: int, n: int) -> Tensor:
 def _eager(flat: Tensor, n: int, order: Order) -> Tensor:
     """See Note [Blocks]."""
     kept = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
-    rows = max(1, _PLACE_ELEMENTS // flat[0, 0].numel()) if flat.device.type == "cpu" else flat.shape[0]
+    rows = max(1, block_elements() // flat[0, 0].numel()) if flat.device.type == "cpu" else flat.shape[0]
     for block, to in zip(torch.split(flat, rows), torch.split(kept, rows), strict=True):
         torch.stack(keep_largest([order(part) for part in block.unbind(1)], n), dim=1, out=to)
     return kept
@@ -140,7 +134,7 @@ def _eager(flat: Tensor, n: int, order: Order) -> Tensor:
 def _compiles(flat: Tensor, order: Order) -> bool:
     """See Note [When a mask kernel is compiled]."""
     fewest = _COMPILED_ELEMENTS.get(flat.device.type)
-    if fewest is None or flat.numel() < fewest or order is not as_magnitudes or flat.dtype not in _BITS:
+    if fewest is None or flat.numel() < fewest or order is not as_magnitudes or flat.dtype not in INTEGERS:
         return False
     asked = wants_compile()
     if flat.device.type == "cpu" or asked is not None:
@@ -176,8 +170,8 @@ def _kernel(n: int, shape: torch.Size, dtype: torch.dtype, device: str) -> Calla
 
 
 def _magnitude_bits(weight: Tensor) -> Tensor:
-    integer, infinity = _BITS[weight.dtype]
-    return (weight.view(integer) & torch.iinfo(integer).max).clamp_(max=infinity)
+    integer = INTEGERS[weight.dtype]
+    return (weight.view(integer) & torch.iinfo(integer).max).clamp_(max=_INFINITY[weight.dtype])
 
 
 @cache

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_step.functional.bits import keep_, kept_part
+
 __all__ = ["pruned_part", "straight_through"]
 
 
@@ -47,7 +49,7 @@ def straight_through(weight: Tensor, mask: Tensor, leak: float = 0.0) -> Tensor:
     if leak:
         masked.detach().copy_(torch.where(mask, weight.detach(), weight.detach() * leak))
     else:
-        masked.detach().masked_fill_(~mask, 0)
+        keep_(masked, mask)
     return masked
 
 
@@ -72,4 +74,4 @@ def pruned_part(weight: Tensor, mask: Tensor) -> Tensor:
     References:
         Zhou et al., 2021, equation 9.
     """
-    return torch.where(mask, torch.zeros((), dtype=weight.dtype, device=weight.device), weight.detach())
+    return kept_part(weight, mask, of=False)

@@ -71,7 +71,7 @@ def test_magnitude_mask_is_the_best_of_all_masks_of_magnitudes(case):
 PATHS = {  # limits between the ways to compute a mask, set so that one of them serves every size
     "sorted": {"_NETWORK_MAX_M": 1},
     "network": {"_SMALL": -1, "_NETWORK_MAX_M": 1000},
-    "blocks": {"_SMALL": -1, "_NETWORK_MAX_M": 1000, "_PLACE_ELEMENTS": 2},
+    "blocks": {"_SMALL": -1, "_NETWORK_MAX_M": 1000, "block_elements": lambda: 2},
 }
 every_path = pytest.mark.parametrize("path", PATHS)
 
