@@ -49,9 +49,16 @@ bench-quick: $(VENV)/.ready ## the benchmark harness on two small tasks that nee
 bench: $(VENV)/.ready ## every task, recipe and pattern, tuned, three seeds (hours; interrupt it, and call it again to go on)
 	@$(BIN)/python examples/benchmarks/bench.py main --data $(DATA) $(BENCH)
 
+SPEED ?=
+
+.PHONY: bench-speed
+bench-speed: $(VENV)/.ready ## time and memory as ratios, one thread (minutes; SPEED="--only masks --largest 300")
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python examples/benchmarks/speed/bench_speed.py $(SPEED)
+
 .PHONY: gpu
 gpu: ## the checks that need a CUDA device, with the Python and torch that are there (no installs)
 	@$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu
+	@PYTHONPATH=. $(PYTHON) examples/benchmarks/speed/bench_speed.py --device cuda --out out/speed-cuda $(SPEED)
 
 # What a CUDA machine is lent for may end: each call runs what fits into nine minutes, and the next one goes on.
 .PHONY: gpu-bench

@@ -1,0 +1,101 @@
+"""How much time and memory N:M sparsity costs, as ratios measured side by side in one process.
+
+``python examples/benchmarks/speed/bench_speed.py`` takes some minutes on one thread of a CPU and writes ``results.json`` and
+``results.md`` to ``--out``. ``--only masks,optimizer`` runs parts, ``--quick`` tries the command on tiny models, ``--largest
+300`` lets models grow up to 300M weights, ``--device cuda`` runs what a GPU can show, with a compiled GPT-2 small and 2:4
+inference besides. Every figure is a ratio of medians of interleaved repeats. Two busy threads on shared cores give times
+that are quantized by the scheduler: use one (the default), and a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from inference_speed import inference
+from masking_speed import masks
+from optimizer_speed import growth, optimizers
+from side_by_side import Row, Settings, facts
+from startup_speed import elapsed, files, fits, imports
+from training_speed import half, layers, steps
+
+PARTS: dict[str, Callable[[Settings], list[Row]]] = {
+    "masks": masks,
+    "optimizer": optimizers,
+    "growth": growth,
+    "steps": steps,
+    "layers": layers,
+    "import": imports,
+    "fit": fits,
+    "files": files,
+}
+ON_CUDA: dict[str, Callable[[Settings], list[Row]]] = {
+    **{name: PARTS[name] for name in ("masks", "optimizer", "steps", "layers")},
+    "half": half,
+    "inference": inference,
+}
+
+
+def page(rows: Sequence[Row], about: dict[str, Any]) -> str:
+    """The table as Markdown."""
+    lines = [
+        f"{about['machine']}; Python {about['python']}, torch {about['torch']}, lightning {about['lightning']}, "
+        f"{about['threads']} thread(s); medians of {about['repeats']} interleaved repeats (half for training steps).",
+        "",
+        "| part | what | ratio | of | median |",
+        "|---|---|---:|---|---:|",
+    ]
+    for row in rows:
+        seconds = "" if row.seconds is None else f"{row.seconds * 1e3:.3g} ms"
+        lines.append(f"| {row.part} | {row.what} | {row.value:.3g} | {row.of} | {seconds} |")
+    return "\n".join(lines) + "\n"
+
+
+def chosen(only: str, known: dict[str, Callable[[Settings], list[Row]]]) -> list[str]:
+    """Names of the parts to run."""
+    names = [name for name in only.split(",") if name] or list(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"Expected parts among {', '.join(known)}, but got {unknown[0]!r}.")
+    return names
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/speed"))
+    parser.add_argument("--only", default="", help="parts, by commas; all of them by default")
+    parser.add_argument("--repeats", type=int, default=None)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--largest", type=int, default=16, help="millions of weights")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("Expected a CUDA device, but got none that torch can use. Drop --device cuda.")
+    torch.set_num_threads(arguments.threads)
+    repeats = arguments.repeats or (2 if arguments.quick else 15)
+    settings = Settings(device, repeats, arguments.quick, arguments.largest)
+    known = ON_CUDA if device.type == "cuda" else PARTS
+    names = chosen(arguments.only, known)
+    start, rows = time.perf_counter(), []
+    for name in names:
+        rows += known[name](settings)
+        print(f"{name}: done after {elapsed(start)}", file=sys.stderr)
+    about = {**facts(settings), "device": str(device), "quick": arguments.quick}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    data = {**about, "rows": [row._asdict() for row in rows]}
+    (arguments.out / "results.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (arguments.out / "results.md").write_text(page(rows, about), encoding="utf-8")
+    print(page(rows, about))
+
+
+if __name__ == "__main__":
+    main()
