@@ -1,0 +1,118 @@
+"""Guards of speed that no clock is needed for: operations, allocations, waits for a device, over the dense model's own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_step import ASP, SRSTE, STE, STEP, AtStep, Dense, Sparsifier
+
+LAYERS = 3
+WIDTH = 64
+
+
+class Counting(TorchDispatchMode):
+    """Operations, and new tensors of the size of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+        self.full = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if is_full(t)}
+        result = func(*args, **(kwargs or {}))
+        self.ops[func.overloadpacket.__name__] += 1
+        made = [t for t in torch.utils._pytree.tree_leaves(result) if is_full(t)]
+        self.full += sum(t.untyped_storage().data_ptr() not in given for t in made)
+        return result
+
+
+def is_full(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() == WIDTH * WIDTH
+
+
+def counted(recipe: Any, at: int = 6, micro_batches: int = 1, **settings: Any) -> Counting:
+    """What one training step of a model of three layers takes, after some others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+    optimizer = torch.optim.AdamW(model.parameters(), **settings)
+    if recipe is not None:
+        Sparsifier(model, optimizer, 2, 4, recipe=recipe, total_steps=1000, read_every=100)
+    x = torch.randn(2, WIDTH)
+
+    def step() -> None:
+        for _ in range(micro_batches):
+            model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(at):
+        step()
+    with Counting() as counting:
+        step()
+    return counting
+
+
+IMPLEMENTATIONS = [{"foreach": True}, {"foreach": False}, {"fused": True}]
+WAITS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+
+@pytest.mark.parametrize("settings", IMPLEMENTATIONS, ids=str)
+@pytest.mark.parametrize("recipe", [Dense(), STEP(AtStep(900))], ids=["Dense", "STEP"])
+def test_phase_one_is_a_dense_step_but_for_its_samples(recipe: Any, settings: dict[str, Any]) -> None:
+    stock, ours = counted(None, **settings), counted(recipe, **settings)
+    assert ours.full <= stock.full
+    extra = ours.ops - stock.ops
+    assert sum(extra.values()) <= 16 * LAYERS, extra
+    assert not any(extra[name] for name in WAITS), extra
+
+
+@pytest.mark.parametrize("settings", IMPLEMENTATIONS, ids=str)
+def test_a_step_of_phase_two_keeps_no_more_than_masks_and_updates(settings: dict[str, Any]) -> None:
+    stock, ours = counted(None, **settings), counted(STEP(AtStep(2)), **settings)
+    extra = ours.ops - stock.ops
+    # A step that reads nothing waits for a device no more often than stock's own, which reads step counts on the host.
+    assert ours.ops["_local_scalar_dense"] <= LAYERS + 1, extra
+    assert sum(extra[name] for name in WAITS[1:]) == 0, extra
+    assert sum(extra.values()) <= 80 * LAYERS, extra
+
+
+@pytest.mark.parametrize("recipe", [STEP(AtStep(2)), SRSTE(), STE(), ASP(AtStep(2))], ids=["STEP", "SRSTE", "STE", "ASP"])
+def test_no_recipe_waits_for_a_device_between_readings(recipe: Any) -> None:
+    extra = counted(recipe, fused=True).ops
+    assert extra["_local_scalar_dense"] <= LAYERS + 1, extra  # step counts, on the host
+    assert not any(extra[name] for name in WAITS[1:]), extra
+
+
+def test_the_optimizer_of_phase_two_takes_five_operations_where_stock_takes_more() -> None:
+    weights = [nn.Parameter(torch.randn(WIDTH, WIDTH)) for _ in range(LAYERS)]
+    optimizer = torch.optim.AdamW(weights, foreach=True)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    with Counting() as stock:
+        optimizer.step()
+    from lightning_step.optim import adapter_for
+
+    adapter = adapter_for(optimizer)
+    adapter.freeze(optimizer, weights, "adam")
+    with Counting() as ours:
+        adapter.step(optimizer, {weight: weight.grad for weight in weights if weight.grad is not None}, None)
+    kernels = Counter({name: count for name, count in ours.ops.items() if name.startswith("_foreach")})
+    assert kernels == {
+        "_foreach_add_": 2,  # step counts, weights
+        "_foreach_lerp_": 1,
+        "_foreach_div": 1,
+        "_foreach_clamp_max_": 1,
+        "_foreach_clamp_min_": 1,
+        "_foreach_mul_": 1,  # weight decay
+    }
+    assert sum(kernels.values()) < sum(count for name, count in stock.ops.items() if name.startswith("_foreach"))
+    assert ours.full == LAYERS  # updates of one portion
+    assert ours.ops["_local_scalar_dense"] <= LAYERS + 1  # step counts, on the host
