@@ -12,7 +12,7 @@ from torch.ao.pruning import WeightNormSparsifier
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-RESULTS = DOCS.parent / "examples" / "benchmarks" / "results" / "compare" / "results.md"
+RESULTS = DOCS.parent / "examples" / "benchmarks" / "results" / "main" / "results.md"
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#\s]+)(?:#[^)]*)?\)")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from cells import hash_of
+from compare import RESULTS
 from report import write_report
 from running import read_lines
 from significance import compare, critical, detectable, power, signs, two_sided
+from studies import STUDIES
 
 from tests.examples.tiny_study import (
     HERE,
@@ -171,7 +173,10 @@ def test_the_committed_tables_are_those_of_the_committed_lines(path: Path, tmp_p
         assert (tmp_path / name).read_bytes() == (path.parent / name).read_bytes(), f"{name} was edited by hand, or is old"
 
 
-def test_the_committed_comparison_is_complete_and_has_the_keys_of_today() -> None:
-    lines = {line["key"]: line for line in read_lines(HERE / "results" / "compare" / "cells.jsonl")}
+def test_the_committed_comparison_is_complete_and_all_lines_are_of_settings_of_today() -> None:
+    lines = {line["key"]: line for line in read_lines(RESULTS / "cells.jsonl")}
     assert all(hash_of(line["config"]) == key for key, line in lines.items())
-    assert len(lines) == 144
+    comparison = {cell.key for cell in STUDIES["compare"].cells(lines)}
+    assert len(comparison) > 150
+    assert comparison <= lines.keys()
+    assert lines.keys() <= comparison | {cell.key for cell in STUDIES["main"].cells(lines)}
