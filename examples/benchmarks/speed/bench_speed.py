@@ -46,7 +46,7 @@ def page(rows: Sequence[Row], about: dict[str, Any]) -> str:
     """The table as Markdown."""
     lines = [
         f"{about['machine']}; Python {about['python']}, torch {about['torch']}, lightning {about['lightning']}, "
-        f"{about['threads']} thread(s); medians of {about['repeats']} interleaved repeats (half for training steps).",
+        f"{about['threads']} thread(s); medians of {about['repeats']} interleaved repeats (a third for training steps).",
         "",
         "| part | what | ratio | of | median |",
         "|---|---|---:|---|---:|",

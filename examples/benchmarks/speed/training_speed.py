@@ -116,7 +116,7 @@ def steps(settings: Settings) -> list[Row]:
         print("training steps are left out: transformers is not installed")
         return []
     rows: list[Row] = []
-    few = settings._replace(repeats=max(1, settings.repeats // 2))
+    few = settings._replace(repeats=max(1, settings.repeats // 3))
     for name, make in {"GPT": gpt, "BERT": bert, "ResNet-18": resnet}.items():
         torch.manual_seed(0)
         model, loss = make(settings)
