@@ -131,3 +131,12 @@ def test_models_without_masks_are_left_alone():
     with kept_weights(nn.Linear(4, 4)):
         pass
     drop_kept(nn.Linear(4, 4))
+
+
+@torch.no_grad()
+def test_a_mask_that_comes_on_slowly_is_followed():
+    model, _, _ = trained()
+    with kept_weights(model.eval()):
+        for leak in (0.0, 0.5, 0.25):
+            nm_masks(model)["0.weight"].leak = leak
+            assert_fresh(model)

@@ -89,6 +89,10 @@ def other_pattern(model):
     nm_masks(model)["0.weight"].pattern = NMPattern(1, 4)
 
 
+def other_leak(model):
+    nm_masks(model)["0.weight"].leak = 0.5
+
+
 def past_autograd_and_then(follow):
     def write(model):
         latent(model).data.copy_(torch.randn(16, 8))
@@ -108,6 +112,7 @@ WRITES = [
     initialized,
     by_foreach,
     other_pattern,
+    other_leak,
     fused,
     other_memory_at_the_same_address,
     past_autograd_and_then(nn.Module.train),

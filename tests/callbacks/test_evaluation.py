@@ -75,6 +75,7 @@ def test_averages_that_are_swapped_in_are_validated_with_their_own_masks(
     ours, watch = STEPSparsityCallback(recipe=recipe, verbose=False, total_steps=8), Watch()
     callbacks = [ours, average(), watch] if ours_first else [average(), ours, watch]
     arguments = {"limit_val_batches": 1, "accumulate_grad_batches": 2, "limit_train_batches": 4, "val_check_interval": 1}
+    arguments["inference_mode"] = model_mode is not in_train_mode  # nothing is kept of what inference mode computes
     model = model_mode(tiny())
     make_trainer(*callbacks, steps=8, **arguments).fit(model, torch.utils.data.DataLoader(torch.zeros(4)))
     assert len(watch.seen) == 32, "16 batches, each followed by a validation of one"
