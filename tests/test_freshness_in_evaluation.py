@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_step import kept_weights
+from lightning_step import kept_weights, nm_masks
 from lightning_step.freshness import drop_kept
 from tests.writes import WRITES, assert_fresh, count_masks, latent, read, trained
 
