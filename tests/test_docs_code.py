@@ -39,12 +39,8 @@ LIGHTNING_COMMANDS = {"fit", "validate", "test", "predict"}
 # Code that is indented instead of fenced: a file format, worked out. test_specification.py holds it against real files.
 INDENTED = {"packed-format.md"}
 # Programs with a test that is called otherwise, and measurements of which the results are in the repository.
-TESTED_TOGETHER = {
-    "fabric_loop": "test_beside_the_trainer.py",
-    "hf_trainer": "test_beside_the_trainer.py",
-    "compare": "test_benchmark_tables.py",
-    "bench": "test_benchmarks.py",
-}
+TESTED_TOGETHER = {"compare": "test_benchmark_tables.py", "bench": "test_benchmarks.py"}
+TESTED_TOGETHER |= dict.fromkeys(("fabric_loop", "hf_trainer"), "test_beside_the_trainer.py")
 RESULTS = ROOT / "examples" / "benchmarks" / "results"
 # Text that is no output of the block before it: what `make demo` prints (see tests/examples/test_demo.py), and excerpts.
 SHOWN = {"README.md"}

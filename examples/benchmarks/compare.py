@@ -1,8 +1,8 @@
 """Dense, ASP, SR-STE, STEP and the default on the demo task: equal steps, each at its own best rate and lam, three seeds.
 
 ``python examples/benchmarks/compare.py`` is ``bench.py compare``, and takes the same arguments: a grid on seed 0, the two
-best settings of each row on the other seeds, then one thing at a time changed in STEP at its 2:4 setting. It is a part of the
-benchmark ``main``, with the same results in ``results/main``; what is there is not run again.
+best settings of each row on the other seeds, then one thing at a time changed in STEP at its 2:4 setting. It is a part of
+the benchmark ``main``, with the same results in ``results/main``; what is there is not run again.
 """
 
 from __future__ import annotations

@@ -14,8 +14,10 @@ ORDER = list(ENTRIES)
 def drawable(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """What ``lightning-step figure`` reads.
 
-    A row in which others change something stands there once more, on the other side of what they change.
+    A row in which others change something stands there once more, on the other side of what they change. Rows that are not
+    tuned are left out: no figure says that they are not.
     """
+    lines = [line for line in lines if not line.get("untuned")]
     fields = ("recipe", "n", "m", "seed", "lr", "lam", "loss", "optimizer", "switch", "frozen", "change", "losses")
     changed = {
         key: {(a["lr"], a["of"], a["n"], a["m"]) for a in lines if a[key] is not None} for key in ("frozen", "switch")
@@ -31,7 +33,7 @@ def drawable(lines: Sequence[Line]) -> list[dict[str, Any]]:
         if at in changed["frozen"]:
             rows.append({**row, "frozen": True})
         if at in changed["switch"] and line["switch_steps"]:
-            rows.append({**row, "switch": line["switch_steps"][0] / line["steps"]})
+            rows.append({**row, "switch": line["switch_steps"][-1] / line["steps"]})
     return rows
 
 

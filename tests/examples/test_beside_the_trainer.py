@@ -17,7 +17,7 @@ from lightning_step.functional import find_violation
 from lightning_step.pattern import NMPattern
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SWITCH = "optimizer step 5: masks on, second moment frozen (8 tensors); t_max reached"
+SWITCH = "optimizer step 5: second moment frozen (8 tensors); t_max reached"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`?isinstance"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -8,7 +8,7 @@ from lightning_step.errors import ConfigurationError
 from lightning_step.reports import FIGURES, write_figure
 from tests.reports.conftest import Write, colours
 
-RESULTS = Path(__file__).parents[2] / "examples" / "benchmarks" / "results" / "compare" / "char.jsonl"
+RESULTS = Path(__file__).parents[2] / "examples" / "benchmarks" / "results" / "main" / "char.jsonl"
 STEPS = range(5, 31, 5)
 SCALARS = {
     "val_loss": dict.fromkeys(STEPS, 1.0),

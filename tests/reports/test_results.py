@@ -10,7 +10,7 @@ from lightning_step import NMPattern
 from lightning_step.errors import FileFormatError
 from lightning_step.reports.results import Result, best_cells, read_results
 
-COMPARED = Path(__file__).parents[2] / "examples" / "benchmarks" / "results" / "compare"
+COMPARED = Path(__file__).parents[2] / "examples" / "benchmarks" / "results" / "main"
 
 
 def test_every_field_is_read(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +57,31 @@ class Net(LightningModule):
         return torch.utils.data.DataLoader(list(torch.randn(2, 8)), batch_size=2)  # type: ignore[arg-type]
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what a trainer says at every start; nothing of it stays, a test may run this among others."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning_step")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def fits(settings: Settings) -> list[Row]:
     """A fit of one step, with the callback and without; and how the difference grows with the number of modules."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning_step").setLevel(logging.ERROR)
     rows: list[Row] = []
     added: dict[int, float] = {}
     few = settings._replace(repeats=max(1, settings.repeats // 5))
     for count in (20, 100) if settings.quick else (500, 2000):
 
         def fit(callbacks: list[Callback], count: int = count) -> None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with quiet():
                 Trainer(
                     max_steps=1, accelerator="cpu", logger=False, callbacks=list(callbacks), enable_progress_bar=False,
                     enable_model_summary=False, enable_checkpointing=False,
