@@ -198,7 +198,7 @@ MAIN = Study(
         Part(CHAR, rows=("ASP", "SR-STE", DEFAULT), patterns=("1:4", "1:16")),
         *(
             Part(
-                task.sized(adam=Grid((1e-3, 2e-3, 4e-3), (4e-3, 3e-2))),
+                task.sized(adam=Grid((1e-3, 2e-3, 4e-3, 8e-3), (4e-3, 3e-2))),
                 rows=MAIN_ROWS,
                 changes=("dense, twice the steps", "v live", "no scaled rate"),
             )
