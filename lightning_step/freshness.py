@@ -36,7 +36,10 @@ from lightning_step.compiling import is_traced
 from lightning_step.masked_classes import masks_of
 from lightning_step.sharding import gathers
 
-__all__ = ["Kept", "drop_kept", "kept_weights"]
+__all__ = ["Kept", "State", "drop_kept", "kept_weights"]
+
+State = tuple[Hashable, ...]
+"""What tells one state of a parameter from the next."""
 
 
 class _Clock:
@@ -60,7 +63,7 @@ _clock = _Clock()
 class _Entry(NamedTuple):
     parameter: weakref.ref[Tensor]
     storage: StorageWeakRef  # so that no other storage gets the same identity; its memory may go
-    state: tuple[Hashable, ...]
+    state: State
     value: Tensor
     version: int  # of the value: somebody may write into it
 
@@ -77,18 +80,20 @@ class Kept:
 
     def __init__(self) -> None:
         self.trains = False  # whether masks are kept, see `train`
+        self.prepare: Callable[[], None] | None = None  # brings masks in many at a time, this one among them; see `put`
         self.windows = 0  # how many `kept_weights` are open
         self._mask: _Entry | None = None
         self._weight: _Entry | None = None
 
-    def train(self, on: bool) -> None:
+    def train(self, on: bool, prepare: Callable[[], None] | None = None) -> None:
         """Keep masks between the steps of the optimizers, or no longer.
 
         Args:
             on: Whether to.
+            prepare: Called when a mask is asked for that is not there; may `put` it there, and others with it.
         """
         _clock.start()
-        self.trains = on
+        self.trains, self.prepare = on, prepare if on else None
         self.drop()
 
     def mask(self, weight: Tensor, rule: tuple[Hashable, ...], make: Callable[[], Tensor]) -> Tensor:
@@ -106,11 +111,37 @@ class Kept:
         if state is None:
             return make()
         value = _valid(self._mask, weight, state)
+        if value is None and self.prepare is not None:
+            self.prepare()
+            value = _valid(self._mask, weight, state)
         if value is None:
-            value, self._mask = make(), None
-            if not value.is_inference():  # autograd could not save it later
-                self._mask = _entry(weight, state, value)
+            value = make()
+            self.put(weight, state, value)
         return value
+
+    def lacking(self, weight: Tensor, rule: tuple[Hashable, ...]) -> State | None:
+        """What state of a weight a mask could be kept for that is not there.
+
+        Args:
+            weight: The latent weight.
+            rule: What else the mask depends on.
+
+        Returns:
+            The state, for `put`; None if nothing is to be done.
+        """
+        state = _state(weight, rule) if self.trains else None
+        return None if state is None or _valid(self._mask, weight, state) is not None else state
+
+    def put(self, weight: Tensor, state: State, value: Tensor) -> None:
+        """Keep a mask.
+
+        Args:
+            weight: The latent weight.
+            state: What it has been computed from; see `lacking`.
+            value: The mask.
+        """
+        # autograd could not save a tensor of inference mode later
+        self._mask = None if value.is_inference() else _entry(weight, state, value)
 
     def weight(self, weight: Tensor, rule: tuple[Hashable, ...], make: Callable[[], Tensor]) -> Tensor:
         """The masked weight, inside of `kept_weights`.
@@ -141,7 +172,7 @@ class Kept:
         return Kept, ()  # a copy has weights of its own
 
 
-def _state(weight: Tensor, rule: tuple[Hashable, ...]) -> tuple[Hashable, ...] | None:
+def _state(weight: Tensor, rule: tuple[Hashable, ...]) -> State | None:
     """What tells one state of a parameter from the next; None where nothing would, see Note [Where nothing is kept]."""
     if type(weight) is not nn.Parameter or weight.is_inference() or weight.is_meta or is_traced():
         return None
@@ -154,12 +185,12 @@ def _state(weight: Tensor, rule: tuple[Hashable, ...]) -> tuple[Hashable, ...] |
     return _clock.steps, weight._version, address, weight.shape, weight.stride(), weight.dtype, stream, rule
 
 
-def _entry(weight: Tensor, state: tuple[Hashable, ...], value: Tensor) -> _Entry:
+def _entry(weight: Tensor, state: State, value: Tensor) -> _Entry:
     storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
     return _Entry(weakref.ref(weight), storage, state, value, value._version)
 
 
-def _valid(entry: _Entry | None, weight: Tensor, state: tuple[Hashable, ...]) -> Tensor | None:
+def _valid(entry: _Entry | None, weight: Tensor, state: State) -> Tensor | None:
     if entry is None or entry.parameter() is not weight or entry.state != state:
         return None
     return entry.value if entry.value._version == entry.version else None

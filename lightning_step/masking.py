@@ -20,7 +20,6 @@ from lightning_step.functional import (
     flip_rate_update,
     kept_magnitude_update,
     order_statistics,
-    pruned_part,
     ratio_compute,
 )
 from lightning_step.functional.bits import keep_
@@ -30,6 +29,7 @@ from lightning_step.pattern import NMPattern
 from lightning_step.recipes import Moment, Recipe
 from lightning_step.sharding import Reduce, all_reduce, any_sharded, local, shards
 from lightning_step.targets import Target
+from lightning_step.together import add_pruned_parts, prepare_masks
 
 __all__ = ["MaskSet", "parameter_of", "restore_masks"]
 
@@ -135,7 +135,10 @@ class MaskSet:
             on: Whether to keep them.
         """
         for name, mask in self._masks.items():
-            mask.kept.train(on and not any_sharded((self.parameters[name],)))
+            mask.kept.train(on and not any_sharded((self.parameters[name],)), self._prepare)
+
+    def _prepare(self) -> None:
+        prepare_masks([(self.parameters[name], mask) for name, mask in self._masks.items()])
 
     def drop(self) -> None:
         """Forget the masks that are kept: the weights have changed, or will."""
@@ -181,13 +184,8 @@ class MaskSet:
         """
         if not (self.enabled and self._rule.lam):
             return
-        for name, parameter in self.parameters.items():
-            if parameter.grad is not None:
-                weight = local(parameter)
-                term = pruned_part(weight, self._masks[name].kept_mask(weight))
-                if grad_scale is not None:
-                    term *= grad_scale.to(term)
-                local(parameter.grad).add_(term, alpha=self._rule.lam)
+        given = [(p, self._masks[name]) for name, p in self.parameters.items() if p.grad is not None]
+        add_pruned_parts(given, self._rule.lam, grad_scale)
 
     def before_step(self, *, measure: bool) -> None:
         """Remember the masks, where something after the step has to know them.
@@ -247,15 +245,16 @@ class MaskSet:
     def _show(self, t: int) -> None:
         """Bring every mask up to date. What stays is left alone, or torch.compile would take it for new."""
         moment = Moment(t, self._began, self._total_steps)
-        leak = float(self._plan.fade(moment)) if self.enabled else 0.0
+        on = self.enabled
+        leak = float(self._plan.fade(moment)) if on else 0.0
         for name, mask in self._masks.items():
             # A mask that is off stands for what is to come: an export before masks begin prunes to that, if told to.
-            pattern = self._plan.pattern(name, mask.final, moment) if self.enabled else mask.final
+            pattern = self._plan.pattern(name, mask.final, moment) if on else mask.final
             if mask.pattern != pattern:
                 mask.pattern = pattern
             if mask.leak != leak:
                 mask.leak = leak
-        self._rates = self._rates_now() if self.enabled else {}
+        self._rates = self._rates_now() if on else {}
 
     def _rates_now(self) -> dict[Tensor, float]:
         rule = self._plan.rate

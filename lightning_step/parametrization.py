@@ -77,6 +77,11 @@ class NMMask(nn.Module):
         """Whether what the mask drops is zero where the weight is read: it is on, and at full strength."""
         return self.enabled and not self.leak
 
+    @property
+    def rule(self) -> tuple[NMPattern, int]:
+        """What the mask depends on, besides the weight."""
+        return self.pattern, self.dim
+
     def mask(self, weight: Tensor) -> Tensor:
         """The mask this weight has now, whether enabled or not.
 
@@ -105,7 +110,7 @@ class NMMask(nn.Module):
             >>> NMMask(NMPattern(1, 2)).kept_mask(torch.tensor([1., -2.]))
             tensor([False,  True])
         """
-        return self.kept.mask(weight, (self.pattern, self.dim), lambda: self.mask(weight))
+        return self.kept.mask(weight, self.rule, lambda: self.mask(weight))
 
     def shown(self, weight: Tensor, training: bool) -> Tensor:
         """What a layer reads as its weight: as `forward`, with what is kept. See Note [Freshness].

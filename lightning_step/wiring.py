@@ -172,8 +172,9 @@ def held_by(optimizer: Optimizer, model: nn.Module, targets: Targets) -> Targets
         ['0.weight']
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    masked = tuple(t for t in targets.masked if id(parameter_of(model, t)) in held)
-    others = tuple(LeftOut(t.name, t.shape, "the optimizer does not hold it") for t in targets.masked if t not in masked)
+    holds = {t.name: id(parameter_of(model, t)) in held for t in targets.masked}
+    masked = tuple(t for t in targets.masked if holds[t.name])
+    others = tuple(LeftOut(t.name, t.shape, "the optimizer does not hold it") for t in targets.masked if not holds[t.name])
     if not masked:
         raise TargetError(
             f"Expected the optimizer to hold at least one tensor to mask, but got none of {len(targets.masked)} (the first "

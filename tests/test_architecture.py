@@ -45,6 +45,7 @@ LAYERS = {
         "recipes",
         "masking",
         "rates",
+        "together",
         "watching",
         "freezing",
         "resume",

@@ -3,19 +3,24 @@
 import torch
 from torch import nn
 
-from lightning_step import SRSTE, NMPattern, Sparsifier, latent_weights, nm_masks, parametrization
+from lightning_step import SRSTE, NMPattern, Sparsifier, latent_weights, nm_masks, parametrization, together
 from lightning_step.freshness import drop_kept
 
 
 def count_masks(monkeypatch):
     """A list that grows by the shape of every weight whose mask is computed."""
-    shapes, compute = [], parametrization.magnitude_mask
+    shapes, compute, compute_all = [], parametrization.magnitude_mask, together.magnitude_masks
 
     def counting(weight, *args):
         shapes.append(tuple(weight.shape))
         return compute(weight, *args)
 
+    def counting_all(weights, *args):
+        shapes.extend(tuple(weight.shape) for weight in weights)
+        return compute_all(weights, *args)
+
     monkeypatch.setattr(parametrization, "magnitude_mask", counting)
+    monkeypatch.setattr(together, "magnitude_masks", counting_all)
     return shapes
 
 

@@ -36,7 +36,7 @@ from lightning_step.functional.drift import (
     squared_distance,
     statistic_size,
 )
-from lightning_step.functional.mask import apply_mask, as_groups, magnitude_mask, nm_mask
+from lightning_step.functional.mask import apply_mask, as_groups, magnitude_mask, magnitude_masks, nm_mask
 from lightning_step.functional.nadam import (
     NAdamState,
     nadam_bound,
@@ -88,6 +88,7 @@ __all__ = [
     "kept_magnitude_update",
     "magnitude_allocation",
     "magnitude_mask",
+    "magnitude_masks",
     "make_sketch",
     "mask_decay",
     "moment_behind",

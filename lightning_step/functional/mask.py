@@ -15,14 +15,23 @@ does not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from lightning_step.compiling import is_traced
 from lightning_step.errors import PatternError
 from lightning_step.functional.kernels import Order, as_magnitudes, as_scores, keep_in_groups
 from lightning_step.pattern import NMPattern
 
-__all__ = ["apply_mask", "as_groups", "magnitude_mask", "nm_mask"]
+__all__ = ["apply_mask", "as_groups", "magnitude_mask", "magnitude_masks", "nm_mask"]
+
+SMALL = {"cpu": 2**14, "cuda": 2**22}
+"""Up to so many elements the launches of a mask cost more than copying the weight."""
+
+TOGETHER = {"cpu": 2**17, "cuda": 2**24}
+"""Elements of small tensors that are handled together at most."""
 
 
 def as_groups(tensor: Tensor, pattern: NMPattern, dim: int = -1) -> Tensor:
@@ -105,6 +114,42 @@ def magnitude_mask(weight: Tensor, pattern: NMPattern, dim: int = -1) -> Tensor:
     return _mask(weight.detach(), pattern, dim, as_magnitudes)
 
 
+def magnitude_masks(weights: Sequence[Tensor], pattern: NMPattern, dims: Sequence[int]) -> list[Tensor]:
+    r"""`magnitude_mask` of many weights; small ones of one shape are stacked, for a few launches in all.
+
+    Args:
+        weights: Any float dtypes, shapes and devices. Not modified.
+        pattern: How many to keep of how many.
+        dims: Of each, the dimension that holds the groups.
+
+    Returns:
+        Boolean masks of their shapes, each the same as by itself. Those made together share memory: all of it stays until
+        the last of them goes.
+
+    Raises:
+        PatternError: If ``m`` does not divide the group dimension of one.
+
+    Example:
+        >>> magnitude_masks([torch.tensor([1., 2.]), torch.tensor([[4.], [-3.]])], NMPattern(1, 2), [0, 0])
+        [tensor([False,  True]), tensor([[ True],
+                [False]])]
+    """
+    masks: dict[int, Tensor] = {}
+    alike: dict[tuple[torch.Size, int, torch.dtype, torch.device], list[int]] = {}
+    for i, (weight, dim) in enumerate(zip(weights, dims, strict=True)):
+        if not _is_stacked(weight, pattern.m, dim):
+            masks[i] = magnitude_mask(weight, pattern, dim)
+        else:
+            alike.setdefault((weight.shape, dim % weight.dim(), weight.dtype, weight.device), []).append(i)
+    for (shape, dim, *_), places in alike.items():
+        several = max(1, TOGETHER[weights[places[0]].device.type] // max(1, shape.numel()))
+        for at in range(0, len(places), several):
+            some = places[at : at + several]
+            found = magnitude_mask(torch.stack([weights[i].detach() for i in some]), pattern, dim + 1)
+            masks |= zip(some, found.unbind(), strict=True)
+    return [masks[i] for i in range(len(weights))]
+
+
 def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     r"""Set what the mask drops to plus zero: :math:`\Pi \odot w`.
 
@@ -130,3 +175,9 @@ def _mask(tensor: Tensor, pattern: NMPattern, dim: int, order: Order) -> Tensor:
         return torch.ones_like(tensor, dtype=torch.bool)
     place = dim % tensor.dim() + 1
     return keep_in_groups(groups, place, pattern.n, order).flatten(place - 1, place)
+
+
+def _is_stacked(weight: Tensor, m: int, dim: int) -> bool:
+    if not -weight.dim() <= dim < weight.dim() or weight.shape[dim] % m:
+        return False  # to be refused by itself
+    return weight.numel() <= SMALL.get(weight.device.type, 0) and weight.is_contiguous() and not is_traced()

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lightning_step.functional.kernels as kernels
+import lightning_step.functional.mask as mask_module
 from lightning_step import NMPattern
 from lightning_step.errors import PatternError
-from lightning_step.functional import apply_mask, as_groups, magnitude_mask, nm_mask
+from lightning_step.functional import apply_mask, as_groups, magnitude_mask, magnitude_masks, nm_mask
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
@@ -211,3 +212,30 @@ def test_apply_mask_masks_the_gradient_too():
     weight = torch.tensor([1.0, INF, 2.0], requires_grad=True)
     (apply_mask(weight, torch.tensor([True, False, False])) * 3).sum().backward()
     assert weight.grad.tolist() == [3.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("limits", [{}, {"SMALL": 40}, {"TOGETHER": 1}, {"TOGETHER": 100}], ids=str)
+def test_several_masks_are_what_each_is_by_itself(limits, monkeypatch):
+    for name, value in limits.items():
+        monkeypatch.setitem(getattr(mask_module, name), "cpu", value)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [((8, 8), 1), ((8, 8), 0), ((8, 8), -1), ((4, 8, 3, 3), 1), ((4, 8, 3, 3), 1), ((16,), 0), ((2, 24), 1)]
+    weights = [torch.randn(shape, generator=generator).round(decimals=1) for shape, _ in shapes]
+    weights[1] = weights[1].half()
+    weights[4] = weights[4].to(memory_format=torch.channels_last)
+    weights[2] = weights[2].t()
+    dims = [dim for _, dim in shapes]
+    for pattern in (NMPattern(2, 4), NMPattern(1, 8), NMPattern(4, 4)):
+        together = magnitude_masks(weights, pattern, dims)
+        for weight, dim, mask in zip(weights, dims, together, strict=True):
+            assert torch.equal(mask, magnitude_mask(weight, pattern, dim))
+            assert (mask.dtype, mask.stride()) == (torch.bool, magnitude_mask(weight, pattern, dim).stride())
+
+
+def test_of_several_masks_one_that_cannot_be_is_refused():
+    assert magnitude_masks([], NMPattern(2, 4), []) == []
+    with pytest.raises(PatternError, match="size 6 along dim 1"):
+        magnitude_masks([torch.ones(4, 8), torch.ones(4, 6)], NMPattern(2, 4), [1, 1])
+    for dim in (2, -3):
+        with pytest.raises(PatternError, match=f"dim={dim}"):
+            magnitude_masks([torch.ones(4, 8)], NMPattern(2, 4), [dim])

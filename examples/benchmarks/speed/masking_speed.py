@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from side_by_side import Row, Settings, Work, medians, ratios
 from torch import Tensor
 
 from lightning_step import NMPattern
-from lightning_step.functional import nm_mask
+from lightning_step.compiling import VARIABLE
+from lightning_step.functional import magnitude_mask
 
 PATTERNS = [(2, 4), (1, 4), (4, 8), (1, 8), (1, 16), (8, 32)]
 
@@ -45,6 +48,14 @@ def by_patterns(weight: Tensor, patterns: Tensor) -> Tensor:
     return patterns[torch.argmax(groups @ patterns.t(), dim=1)].reshape(weight.shape)
 
 
+def by_compiled(weight: Tensor, pattern: NMPattern) -> Tensor:
+    """Ours, where a compiler is there."""
+    os.environ[VARIABLE] = "1"
+    mask = magnitude_mask(weight, pattern)
+    del os.environ[VARIABLE]
+    return mask
+
+
 def masks(settings: Settings) -> list[Row]:
     """Every pattern, on a matrix of 4096 x 1024."""
     weight = torch.randn(256 if settings.quick else 4096, 1024, device=settings.device)
@@ -54,7 +65,8 @@ def masks(settings: Settings) -> list[Row]:
         out = torch.empty_like(weight)
         works: dict[str, Work] = {
             "one multiply": lambda out=out: torch.mul(weight, weight, out=out),  # type: ignore[misc]
-            "nm_mask": lambda pattern=pattern: nm_mask(weight, pattern),  # type: ignore[misc]
+            "magnitude_mask": lambda pattern=pattern: magnitude_mask(weight, pattern),  # type: ignore[misc]
+            "magnitude_mask, compiled": lambda pattern=pattern: by_compiled(weight, pattern),  # type: ignore[misc]
             "argsort": lambda n=n, m=m: by_argsort(weight, n, m),  # type: ignore[misc]
             "double argsort": lambda n=n, m=m: by_double_argsort(weight, n, m),  # type: ignore[misc]
             "topk": lambda n=n, m=m: by_topk(weight, n, m),  # type: ignore[misc]

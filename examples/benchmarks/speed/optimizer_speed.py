@@ -10,10 +10,10 @@ import torch
 from side_by_side import Row, Settings, Work, medians, peak_bytes, ratios
 
 from lightning_step import NMPattern
+from lightning_step.compiling import VARIABLE
 from lightning_step.functional import nm_mask
 from lightning_step.optim import adapter_for
 
-COMPILE = "LIGHTNING_STEP_COMPILE"
 BLOCK = [(1024, 1024)] * 4 + [(4096, 1024), (1024, 4096)] + [(1024,)] * 9
 SMALL = [(64, 64)] * 4 + [(256, 256)]
 
@@ -37,9 +37,9 @@ def frozen(shapes: Sequence[tuple[int, ...]], settings: Settings, compiles: bool
     grads = {weight: weight.grad for weight in weights}
 
     def step() -> None:
-        os.environ[COMPILE] = "1" if compiles else "0"
+        os.environ[VARIABLE] = "1" if compiles else "0"
         adapter.step(optimizer, grads, None)
-        del os.environ[COMPILE]
+        del os.environ[VARIABLE]
 
     return step
 
