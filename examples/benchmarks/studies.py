@@ -16,7 +16,7 @@ from typing import Any
 
 from cells import Cell
 from recipes_compared import CHANGES, DEFAULT, ENTRIES, FROM_START, ROWS
-from tasks import CHAR, CIFAR10, CIFAR10_GPU, DIGITS, MULTI30K, SST2, WIKITEXT, WIKITEXT_GPU, Grid, Task
+from tasks import CHAR, CHAR_TUNED, CIFAR10, CIFAR10_GPU, DIGITS, MULTI30K, SST2, WIKITEXT, WIKITEXT_GPU, Grid, Task
 
 Lines = Mapping[str, Mapping[str, Any]]  # results by key
 
@@ -196,6 +196,7 @@ MAIN = Study(
         Part(CHAR, rows=(*COMPARED, "STEP, as in the paper", "SR-STE + RateScale", *UNTUNED), changes=tuple(CHANGES)),
         Part(CHAR, rows=("STE", "SR-STE, SGD", "dense, SGD"), patterns=("2:4",)),  # beside the rows above
         Part(CHAR, rows=("ASP", "SR-STE", DEFAULT), patterns=("1:4", "1:16")),
+        Part(CHAR_TUNED, rows=("dense", "ASP", "SR-STE", "STEP", DEFAULT, *UNTUNED), changes=("v live", "no scaled rate")),
         *(
             Part(
                 task.sized(adam=Grid((1e-3, 2e-3, 4e-3, 8e-3), (4e-3, 3e-2))),
@@ -205,7 +206,6 @@ MAIN = Study(
             for task in (CIFAR10, MULTI30K, SST2, WIKITEXT)
         ),
     ),
-    finalists=1,
 )
 
 GPU = Study(

@@ -44,6 +44,8 @@ class Task:
         model: Other arguments of the model. ``{data}`` in a string is the data folder, here and below.
         data: Arguments of the data.
         steps: Optimizer steps of a run, whatever the recipe; a dense phase counts.
+        pretraining: Optimizer steps of dense training that all rows start after; 0: from random weights.
+        pretraining_rate: Learning rate of that.
         validate_every: Optimizer steps between validations, for the curves.
         adam: Rates and lams for recipes under AdamW.
         sgd: The same under SGD.
@@ -69,6 +71,8 @@ class Task:
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 1000
+    pretraining: int = 0
+    pretraining_rate: float = 0.0
     validate_every: int = 100
     adam: Grid = Grid((5e-4, 1e-3, 2e-3, 4e-3), (2e-4, 4e-3, 1.6e-2))
     sgd: Grid = SGD
@@ -123,6 +127,7 @@ class Task:
             "data": {"class": f"{self.module}.{self.data_class}", **self.data},
             "steps": self.steps,
             "exclude": list(self.exclude),
+            **({"pretraining": [self.pretraining, self.pretraining_rate]} if self.pretraining else {}),
             **({} if self.batches is None else {"batches": self.batches}),
             **({"trainer": dict(self.trainer)} if self.trainer else {}),
         }
@@ -151,6 +156,16 @@ CHAR = Task(
     unit="validation loss in nats per character",
     seeded=True,
     pruned_to=("2:4", "1:4", "1:8", "1:16"),
+)
+
+# A trained model that is to become sparse: a shorter run at lower rates, from weights that have had 3,000 steps.
+CHAR_TUNED = CHAR.sized(
+    name="char-tuned",
+    steps=300,
+    validate_every=100,
+    pretraining=3000,
+    pretraining_rate=4e-3,
+    adam=Grid((5e-4, 1e-3, 2e-3, 4e-3), (4e-3, 3e-2)),
 )
 
 DIGITS = Task(
@@ -269,4 +284,6 @@ WIKITEXT_GPU = WIKITEXT.sized(
     trainer=ON_GPU,
 )
 
-TASKS = {task.name: task for task in (CHAR, DIGITS, CIFAR10, MULTI30K, SST2, WIKITEXT, CIFAR10_GPU, WIKITEXT_GPU)}
+TASKS = {
+    task.name: task for task in (CHAR, CHAR_TUNED, DIGITS, CIFAR10, MULTI30K, SST2, WIKITEXT, CIFAR10_GPU, WIKITEXT_GPU)
+}

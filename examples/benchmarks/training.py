@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from cells import Cell
+from pretraining import pretrained
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_step import NMPattern, STEPSparsityCallback, apply_nm_masks, strip
@@ -40,9 +41,12 @@ def train(cell: Cell, folder: Path) -> dict[str, Any]:
         What a line of results says of the setting and of what came of it; nothing of where and when.
     """
     started = time.monotonic()
-    pl.seed_everything(cell.seed, verbose=False)
     task, entry = cell.task, cell.entry
+    before = pretrained(cell, folder, silent(cell)) if task.pretraining else None
+    pl.seed_everything(cell.seed, verbose=False)
     model, data = task.make_model(cell.lr, folder), task.make_data(folder, cell.seed)
+    if before is not None:
+        model.load_state_dict(before)
     if entry.optimizer == "SGD":
         under_sgd(model, cell.lr)
     n, m = cell.sizes

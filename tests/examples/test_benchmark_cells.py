@@ -13,6 +13,7 @@ from pathlib import Path
 
 import bench
 import lightning.pytorch as pl
+import pretraining
 import pytest
 import running
 import torch
@@ -247,3 +248,18 @@ def test_the_commit_is_recorded_and_whether_code_was_changed(tmp_path: Path, mon
     assert commit() == {"commit": head, "changed": False}
     (tmp_path / "examples" / "a.py").write_text("2\n")
     assert commit() == {"commit": head, "changed": True}
+
+
+def test_a_task_that_fine_tunes_starts_from_the_same_weights_whoever_made_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretraining, "KEPT", tmp_path)
+    tuned = TINY.sized(pretraining=40, pretraining_rate=1e-2)
+    found = [training.train(cell(task=tuned, row=row, seed=1), tmp_path) for row in ("SR-STE", "SR-STE", "dense")]
+    assert found[0]["losses"] == found[1]["losses"]  # the first one has made them, the second has read them
+    assert len(list(tmp_path.glob("*.pt"))) == 1
+    fresh = training.train(cell(row="dense", seed=1), tmp_path)
+    assert found[2]["losses"][0][1] < fresh["losses"][0][1] - 0.1
+    assert cell(task=tuned).key != cell().key
+    training.train(cell(task=tuned, row="dense", seed=2), tmp_path)
+    assert len(list(tmp_path.glob("*.pt"))) == 2
