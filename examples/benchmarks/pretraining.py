@@ -1,4 +1,4 @@
-"""What a model has learned before a recipe gets it, in tasks that fine-tune: dense weights, the same for all rows of a seed."""
+"""What a model has learned before a recipe gets it, in tasks that fine-tune: dense weights, alike for all rows of a seed."""
 
 from __future__ import annotations
 
