@@ -12,9 +12,10 @@ SPEED = Path(__file__).parents[2] / "examples" / "benchmarks" / "speed"
 sys.path.insert(0, str(SPEED))
 
 import torch  # noqa: E402
+from aims import AIMS, verdict  # noqa: E402
 from bench_speed import main  # noqa: E402
 from masking_speed import by_argsort, by_double_argsort, by_patterns, by_topk, patterns_of  # noqa: E402
-from side_by_side import Alive, Settings, medians  # noqa: E402
+from side_by_side import Alive, Row, Settings, medians  # noqa: E402
 
 from lightning_step import NMPattern  # noqa: E402
 from lightning_step.functional import nm_mask  # noqa: E402
@@ -40,6 +41,19 @@ def test_a_quick_run_of_the_parts_writes_a_page_and_its_numbers(
     page = (tmp_path / "results.md").read_text()
     assert page.count("\n| ") == len(rows) + 1
     assert page in capsys.readouterr().out
+    assert {(row["part"], row["what"], row["of"]) for row in rows} >= {
+        aim for aim in AIMS if aim[0] in found and not aim[1].startswith("1:")
+    }, "every aim is measured"
+
+
+def test_what_is_reached_and_what_is_missed() -> None:
+    row = Row("masks", "2:4 magnitude_mask", "one multiply", 8.0)
+    assert verdict(row) == "at most 8: reached"
+    assert verdict(row._replace(value=8.1)) == "at most 8: missed"
+    assert verdict(row._replace(of="else")) == ""
+    slow = Row("training step", "GPT, SR-STE's reference", "phase II", 1.25)
+    assert verdict(slow) == "at least 1.25: reached"
+    assert verdict(slow._replace(value=1.2)) == "at least 1.25: missed"
 
 
 @pytest.mark.parametrize(

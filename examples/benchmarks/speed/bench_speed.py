@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from aims import verdict
 from inference_speed import inference
 from masking_speed import masks
 from optimizer_speed import growth, optimizers
@@ -48,12 +49,12 @@ def page(rows: Sequence[Row], about: dict[str, Any]) -> str:
         f"{about['machine']}; Python {about['python']}, torch {about['torch']}, lightning {about['lightning']}, "
         f"{about['threads']} thread(s); medians of {about['repeats']} interleaved repeats (a third for training steps).",
         "",
-        "| part | what | ratio | of | median |",
-        "|---|---|---:|---|---:|",
+        "| part | what | ratio | of | median | aim |",
+        "|---|---|---:|---|---:|---|",
     ]
     for row in rows:
         seconds = "" if row.seconds is None else f"{row.seconds * 1e3:.3g} ms"
-        lines.append(f"| {row.part} | {row.what} | {row.value:.3g} | {row.of} | {seconds} |")
+        lines.append(f"| {row.part} | {row.what} | {row.value:.3g} | {row.of} | {seconds} | {verdict(row)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -126,7 +126,10 @@ def steps(settings: Settings) -> list[Row]:
         model, loss = make(settings)
         model.to(settings.device)
         works = {kind: step_of(kind, model, loss, settings) for kind in KINDS}
-        rows += ratios("training step", medians(works, few, warm=1), "dense", f"{name}, ")
+        seconds = medians(works, few, warm=1)
+        rows += ratios("training step", seconds, "dense", f"{name}, ")
+        ours = {kind: seconds[kind] for kind in KINDS[2:]}
+        rows += ratios("training step", ours, KINDS[2], f"{name}, ")
         peaks = {kind: float(peak_bytes(work, settings.device)) for kind, work in works.items()}
         rows += [row._replace(seconds=None) for row in ratios("peak memory", peaks, "dense", f"{name}, ")]
     return rows
