@@ -181,6 +181,7 @@ def test_a_dump_loses_nothing(said, meant, files, tmp_path):
         "max_coordinates": 100,
         "verbose": False,
         "monitor": MONITOR,
+        "keep_evaluation_weights": False,
         "export": {**EXPORT, "format": ["dense", "packed"], "path": "out/{format}", "module": "body", "which": "best"},
     }
     first = parsed(files(everything))
@@ -192,6 +193,7 @@ def test_a_dump_loses_nothing(said, meant, files, tmp_path):
         ours, export = callback(cli, STEPSparsityCallback), callback(cli, SparseExport)
         assert describe(ours.recipe) == describe(meant)
         assert (ours.pattern, ours.total_steps, ours.verbose) == (NMPattern(1, 8), [12], False)
+        assert ours.keep_evaluation_weights is False
         kept = {**ours._selection, **ours._sampling}
         assert kept == {name: everything[name] for name in kept}
         assert {name: getattr(export, name) for name in everything["export"]} == everything["export"]

@@ -59,6 +59,8 @@ class STEPSparsityCallback(pl.Callback):
         verbose: Show a table at the start and at the end, and a line at every switch (rank 0).
         monitor: Log to the trainer's loggers. True: as often as the trainer logs; a number: every so many optimizer steps;
             False: nothing at all. A `SparsityMonitor` among the trainer's callbacks says more.
+        keep_evaluation_weights: Mask every weight once per validation, test or prediction loop, and keep the results until
+            it ends: a second copy of the masked tensors. False: mask them anew in every forward pass, one at a time.
 
     Raises:
         PatternError: If n:m is no pattern.
@@ -91,6 +93,7 @@ class STEPSparsityCallback(pl.Callback):
         max_coordinates: int = 65_536,
         verbose: bool = True,
         monitor: bool | int = True,
+        keep_evaluation_weights: bool = True,
     ) -> None:
         check_total_steps(total_steps)
         check_interval("monitor", monitor)
@@ -99,6 +102,7 @@ class STEPSparsityCallback(pl.Callback):
         self.recipe: Recipe = default_recipe() if recipe is None else recipe
         self.verbose = verbose
         self.monitor = monitor
+        self.keep_evaluation_weights = keep_evaluation_weights
         self.sparsifiers: list[Sparsifier] = []  # one per optimizer that holds masked tensors, while fitting
         self.targets: Targets | None = None
         self._selection: dict[str, Any] = {
@@ -187,7 +191,7 @@ class STEPSparsityCallback(pl.Callback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after validation. Forgets what was kept: the weights of training may be swapped in again."""
+        """Called after validation. Forgets masks that it read in training mode: other weights may be swapped in again."""
         drop_kept(pl_module)
 
     @override
@@ -336,7 +340,7 @@ class STEPSparsityCallback(pl.Callback):
             restore_masks({target.name: masks[target.name] for target in there}, own)
 
     def _begin_evaluation(self, pl_module: pl.LightningModule) -> None:
-        if self._evaluation is None:
+        if self._evaluation is None and self.keep_evaluation_weights:
             self._evaluation = ExitStack()
             self._evaluation.enter_context(kept_weights(pl_module))
 

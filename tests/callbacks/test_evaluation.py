@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -107,6 +109,64 @@ def test_a_loop_of_evaluation_computes_each_mask_once(
     assert sorted(computed) == sorted(tuple(p.shape) for name, p in model.named_parameters() if name in nm_masks(model))
     assert [mask.kept._weight for mask in nm_masks(model).values()] == [None] * 3
     model.net[0](torch.ones(1, 8)).sum().backward()
+
+
+def reads_late(model: Any) -> Any:
+    """It has masks computed, by a forward pass in training mode, after the last of our hooks that ends evaluation."""
+    model = in_train_mode(model)
+    model.on_validation_epoch_end = lambda: model(model.batch(3)[0])
+    return model
+
+
+@pytest.mark.parametrize(("keep", "late"), [(True, reads_late), (False, in_train_mode)])
+@pytest.mark.parametrize("ours_first", [True, False])
+@every_recipe
+def test_what_validation_reads_in_training_mode_is_forgotten_when_weights_are_swapped_back(
+    recipe: Recipe, ours_first: bool, keep: bool, late: Any, tiny: Any, make_trainer: Any
+) -> None:
+    ours, watch = STEPSparsityCallback(recipe=recipe, verbose=False, keep_evaluation_weights=keep), Watch()
+    callbacks = [ours, Average(), watch] if ours_first else [Average(), ours, watch]
+    trainer = make_trainer(*callbacks, steps=6, limit_val_batches=1, val_check_interval=1, inference_mode=False)
+    trainer.fit(late(tiny()))
+    assert len(watch.seen) == 12
+    assert all(watch.seen)
+
+
+def held(model: nn.Module) -> int:
+    """How many tensors of the size of a masked one have been made since `new_tensors` began, and are still there."""
+    sizes = {parameter.numel() for name, parameter in model.named_parameters() if name in nm_masks(model)}
+    tensors = [each for each in gc.get_objects() if type(each) is Tensor and each.is_floating_point()]
+    return sum(each.numel() in sizes for each in tensors)
+
+
+@pytest.fixture
+def new_tensors() -> Iterator[Callable[[], None]]:
+    yield gc.freeze  # what there is already is not listed any more
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+@every_recipe
+def test_masked_weights_are_held_during_a_loop_of_evaluation_only_if_they_are_to_be_kept(
+    recipe: Recipe, verb: str, keep: bool, tiny: Any, make_trainer: Any, new_tensors: Callable[[], None]
+) -> None:
+    callback, model = STEPSparsityCallback(recipe=recipe, verbose=False, keep_evaluation_weights=keep), tiny()
+    make_trainer(callback, steps=6).fit(model)
+    model.validation_step = model.test_step = model.predict_step = lambda batch, batch_idx: model(torch.ones(3, 8))
+    expected = model(torch.ones(3, 8)).detach()
+    counts: list[int] = []
+    for layer in (model.net[0], model.net[2], model.head):
+        layer.register_forward_hook(lambda *_: counts.append(held(model)))
+    trainer = make_trainer(callback, **{f"limit_{each}_batches": 2 for each in ("val", "test", "predict")})
+    data = torch.utils.data.DataLoader(torch.zeros(2))
+    new_tensors()
+    found = getattr(trainer, verb)(model, data)
+    masks_on = not isinstance(recipe, Dense)
+    assert counts == ([1, 2, 3, 3, 3, 3] if keep and masks_on else [0] * 6)
+    assert held(model) == 0
+    if verb == "predict":
+        assert all(torch.equal(each, expected) for each in found)
 
 
 def test_evaluation_that_fails_leaves_nothing_behind(tiny: Any, make_trainer: Any) -> None:
