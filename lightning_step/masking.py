@@ -254,12 +254,18 @@ class MaskSet:
                 mask.pattern = pattern
             if mask.leak != leak:
                 mask.leak = leak
-        self._rates = self._rates_now() if on else {}
+        self._rates = self._rates_now(moment) if on else {}
 
-    def _rates_now(self) -> dict[Tensor, float]:
-        rule = self._plan.rate
-        factors = {name: float(rule(mask.pattern, mask.leak)) for name, mask in self._masks.items()}
-        return {self.parameters[name]: factor for name, factor in factors.items() if factor != 1.0}
+    def _rates_now(self, moment: Moment) -> dict[Tensor, float]:
+        factors: dict[tuple[NMPattern, float], float] = {}
+        rates: dict[Tensor, float] = {}
+        for name, mask in self._masks.items():
+            key = mask.pattern, mask.leak
+            if key not in factors:
+                factors[key] = float(self._plan.rate(*key, moment))
+            if factors[key] != 1.0:
+                rates[self.parameters[name]] = factors[key]
+        return rates
 
     def _choose(self, patterns: Mapping[str, NMPattern]) -> None:
         for name, pattern in patterns.items():

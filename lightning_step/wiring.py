@@ -69,6 +69,7 @@ def check_plan(recipe: Recipe, targets: Sequence[Target], total_steps: int | Non
     plan.fade(moment)
     for target in targets:
         plan.pattern(target.name, target.pattern, moment)
+        plan.rate(target.pattern, 0.0, moment)
     if plan.allocate is not None:  # whatever the weights will be
         plan.allocate([t.name for t in targets], [Layer(t.shape, t.pattern) for t in targets])
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from lightning_step import SRSTE, STE, STEP, AtStep, MaskDecay, RateScale, Sparsifier, StructureDecay
-from lightning_step.errors import OptimizerError
+from lightning_step import ASP, SRSTE, STE, STEP, AtStep, MaskDecay, RateScale, Sparsifier, StructureDecay
+from lightning_step.errors import ArgumentTypeError, ConfigurationError, OptimizerError
 from lightning_step.rates import StepRates
 
 OPTIMIZERS = {
@@ -65,7 +65,9 @@ def trained(make, recipe, *, by_hand, lr=0.02, steps=12, n=2, m=4, factor=2.0):
 @with_optimizers
 def test_a_recipe_trains_as_groups_made_by_hand_would(make):
     for own, theirs in zip(
-        trained(make, RateScale(SRSTE(lam=1e-2)), by_hand=False), trained(make, SRSTE(lam=1e-2), by_hand=True), strict=True
+        trained(make, RateScale(SRSTE(lam=1e-2), ramp=0), by_hand=False),
+        trained(make, SRSTE(lam=1e-2), by_hand=True),
+        strict=True,
     ):
         assert torch.equal(own, theirs)
 
@@ -73,7 +75,7 @@ def test_a_recipe_trains_as_groups_made_by_hand_would(make):
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "Adam" in name])
 def test_a_frozen_second_moment_gets_the_same_rate(name):
     recipe = STEP(AtStep(6), lam=1e-2, masks_from=AtStep(0))
-    own = trained(OPTIMIZERS[name], RateScale(recipe), by_hand=False)
+    own = trained(OPTIMIZERS[name], RateScale(recipe, ramp=0), by_hand=False)
     theirs = trained(OPTIMIZERS[name], recipe, by_hand=True)
     for one, other in zip(own, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-7)  # a rate that is a tensor rounds
@@ -81,13 +83,13 @@ def test_a_frozen_second_moment_gets_the_same_rate(name):
 
 @with_optimizers
 def test_it_makes_a_difference(make):
-    scaled, plain = (trained(make, recipe, by_hand=False) for recipe in (RateScale(STE()), STE()))
+    scaled, plain = (trained(make, recipe, by_hand=False) for recipe in (RateScale(STE(), ramp=0), STE()))
     assert not torch.equal(scaled[0], plain[0])
 
 
 def test_masks_that_are_off_leave_the_rate_alone():
     recipe = STEP(AtStep(12), lam=1e-2)
-    own = trained(OPTIMIZERS["AdamW, fused"], RateScale(recipe), by_hand=False, steps=12)
+    own = trained(OPTIMIZERS["AdamW, fused"], RateScale(recipe, ramp=0), by_hand=False, steps=12)
     theirs = trained(OPTIMIZERS["AdamW, fused"], recipe, by_hand=False, steps=12)
     assert all(torch.equal(a, b) for a, b in zip(own, theirs, strict=True))
 
@@ -116,19 +118,45 @@ def watched(recipe, total=8, n=1, m=4):
 
 
 def test_rates_follow_the_pattern_and_how_far_masks_have_come_on():
-    model, optimizer, _ = watched(RateScale(StructureDecay(STE(), end=4)))
+    model, optimizer, _ = watched(RateScale(StructureDecay(STE(), end=4), ramp=0))
     fit(model, optimizer, batches(6))
     masked = [max(rates) for rates in optimizer.rates]
     assert masked == pytest.approx([0.01 * 4 / 3, 0.01 * 4 / 3, 0.02, 0.02, 0.04, 0.04], abs=1e-6)
 
-    model, optimizer, _ = watched(RateScale(MaskDecay(STE(), end=4)))
+    model, optimizer, _ = watched(RateScale(MaskDecay(STE(), end=4), ramp=0))
     fit(model, optimizer, batches(5))
     shares = [0.25 + 0.75 * leak for leak in (1.0, 0.75, 0.5, 0.25, 0.0)]
     assert [max(rates) for rates in optimizer.rates] == pytest.approx([0.01 / share for share in shares], abs=1e-6)
 
 
+def test_the_rate_rises_from_when_masks_begin():
+    model, optimizer, _ = watched(RateScale(ASP(AtStep(2)), power=0.5, ramp=4), total=10)
+    fit(model, optimizer, batches(10))
+    rises = [0.01 * 4 ** (0.5 * share) for share in (0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1)]
+    assert [max(rates) for rates in optimizer.rates] == pytest.approx(rises, abs=1e-6)
+    model, optimizer, _ = watched(RateScale(STE(), ramp=0.5), total=8)
+    fit(model, optimizer, batches(6))
+    assert [max(rates) for rates in optimizer.rates] == pytest.approx(
+        [0.01 * 4**share for share in (0, 0.25, 0.5, 0.75, 1, 1)], abs=1e-6
+    )
+
+
+def test_a_ramp_that_is_a_fraction_of_nobody_knows_what_is_refused_at_once():
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigurationError, match=r"because ramp=0.2 is a fraction of it, but got an unlimited run"):
+        Sparsifier(model, optimizer, recipe=RateScale(STE()))
+    assert type(model[0]) is nn.Linear
+    Sparsifier(model, optimizer, recipe=RateScale(STE(), ramp=10))
+    for ramp in (-1, 1.5, float("nan")):
+        with pytest.raises(ConfigurationError, match="Expected `ramp` to be a step >= 0"):
+            RateScale(STE(), ramp=ramp)
+    with pytest.raises(ArgumentTypeError, match="Expected `ramp` to be an integer"):
+        RateScale(STE(), ramp="10")
+
+
 def test_what_an_optimizer_writes_into_its_groups_is_kept_and_the_groups_are_its_own_again():
-    model, optimizer, _ = watched(RateScale(STE()))
+    model, optimizer, _ = watched(RateScale(STE(), ramp=0))
     [group] = optimizer.param_groups
     fit(model, optimizer, batches(3))
     assert [group] == optimizer.param_groups
@@ -139,7 +167,7 @@ def test_what_an_optimizer_writes_into_its_groups_is_kept_and_the_groups_are_its
 
 
 def test_after_a_step_that_failed_the_groups_come_back():
-    model, optimizer, sparsifier = watched(RateScale(STE()))
+    model, optimizer, sparsifier = watched(RateScale(STE(), ramp=0))
     fit(model, optimizer, batches(1))
     optimizer.fails = True
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -147,7 +175,7 @@ def test_after_a_step_that_failed_the_groups_come_back():
     sparsifier.detach()
     assert len(optimizer.param_groups) == 1
     optimizer.fails = False
-    model, optimizer, sparsifier = watched(RateScale(STE()))
+    model, optimizer, sparsifier = watched(RateScale(STE(), ramp=0))
     optimizer.fails = True
     with pytest.raises(RuntimeError, match="out of memory"):
         fit(model, optimizer, batches(1))
@@ -163,7 +191,7 @@ def test_after_a_step_that_failed_the_groups_come_back():
     ids=["lambda", "1cycle"],
 )
 def test_schedulers_see_the_groups_and_rates_that_the_user_made(make):
-    model, optimizer, _ = watched(RateScale(STE()))
+    model, optimizer, _ = watched(RateScale(STE(), ramp=0))
     schedule = make(optimizer)
     other = SGD([torch.zeros(1)], lr=0.01, momentum=0.0)
     reference = make(other)
@@ -179,7 +207,7 @@ def test_checkpoints_do_not_know_of_it_and_a_resumed_run_goes_on_bit_for_bit():
     def start():
         model = network()
         optimizer = AdamW(model.parameters(), lr=0.02)
-        recipe = RateScale(STEP(AtStep(6), lam=1e-2, masks_from=AtStep(2)))
+        recipe = RateScale(STEP(AtStep(6), lam=1e-2, masks_from=AtStep(2)), ramp=4)
         return model, optimizer, Sparsifier(model, optimizer, 1, 4, recipe=recipe, total_steps=12)
 
     inputs = batches(12)
@@ -203,7 +231,7 @@ def test_one_rate_for_all_is_refused_and_nothing_is_changed():
     model = network()
     optimizer = LBFGS(model.parameters())
     with pytest.raises(OptimizerError, match=r"^Expected an optimizer with a learning rate per .* group, but got LBFGS"):
-        Sparsifier(model, optimizer, recipe=RateScale(STE()))
+        Sparsifier(model, optimizer, recipe=RateScale(STE(), ramp=0))
     assert type(model[0]) is nn.Linear
 
 

@@ -93,13 +93,18 @@ def early(lam: float) -> STEP:
     return STEP(AtStep(0.1), lam)
 
 
-def default(lam: float | None = None, power: float | None = None) -> RateScale:
-    """The default recipe, at another lam or power."""
+def default(lam: float | None = None, power: float | None = None, ramp: float | None = None) -> RateScale:
+    """The default recipe, at another lam, power or ramp."""
     recipe = default_recipe()
     assert isinstance(recipe, RateScale)
     assert isinstance(recipe.recipe, STEP)
     inner = recipe.recipe if lam is None else replace(recipe.recipe, lam=lam)
-    return RateScale(inner, recipe.power if power is None else power)
+    return RateScale(inner, recipe.power if power is None else power, recipe.ramp if ramp is None else ramp)
+
+
+def at_once(lam: float | None = None, power: float | None = None) -> RateScale:
+    """What the default was before its rate came on little by little."""
+    return default(lam, power, ramp=0)
 
 
 def paper(lam: float) -> STEP:
@@ -112,18 +117,18 @@ def untuned(recipe: Recipe) -> Entry:
     return Entry(lambda lam: recipe, has_lam=False, untuned=True)
 
 
-def in_default(change: str, make: Callable[[float], Recipe]) -> Entry:
-    """A change in the default recipe."""
-    return Entry(make, of=DEFAULT, recipe=DEFAULT, change=change)
+def in_default(change: str, make: Callable[[float], Recipe], of: str | None = None) -> Entry:
+    """A change in the default recipe, or in another row."""
+    return Entry(make, of=of or DEFAULT, recipe=of or DEFAULT, change=change)
 
 
-def switching_default(share: float) -> Entry:
-    """The default recipe, made to freeze v at a fraction of the run."""
+def switching_at_once(share: float) -> Entry:
+    """The default recipe as it was, made to freeze v at a fraction of the run."""
 
     def make(lam: float) -> Recipe:
-        return replace(default(lam), recipe=STEP(AtStep(share), lam, AtStep(0)))
+        return replace(at_once(lam), recipe=STEP(AtStep(share), lam, AtStep(0)))
 
-    return Entry(make, of=DEFAULT, recipe=DEFAULT, switch=share)
+    return Entry(make, of=AT_ONCE, recipe=AT_ONCE, switch=share)
 
 
 def in_step(change: str, make: Callable[[float], Recipe]) -> Entry:
@@ -142,6 +147,7 @@ def pulling(lam: float) -> Entry:
 
 
 DEFAULT = "the default"
+AT_ONCE = "the default without its ramp"
 FROM_START = "STEP, masks from the start, v frozen at 30 %"
 
 ROWS = {
@@ -154,6 +160,7 @@ ROWS = {
     "STEP, as in the paper": Entry(paper, has_lam=False),
     FROM_START: Entry(lambda lam: replace(step(lam), switch=AtStep(0.3), masks_from=AtStep(0))),
     DEFAULT: Entry(default),
+    AT_ONCE: Entry(at_once),
     "STEP + StructureDecay": Entry(lambda lam: StructureDecay(early(lam), end=0.45)),
     "STEP + MaskDecay": Entry(lambda lam: MaskDecay(early(lam), end=0.45)),
     "STEP + DenseTail": Entry(lambda lam: DenseTail(step(lam))),
@@ -165,7 +172,8 @@ ROWS = {
     "SR-STE + DenseTail": Entry(lambda lam: DenseTail(SRSTE(lam))),
     "SR-STE + Layerwise": Entry(lambda lam: Layerwise(SRSTE(lam), by="erk")),
     f"{DEFAULT}, untuned": untuned(default_recipe()),
-    f"{DEFAULT}, root of m/n, untuned": untuned(default(power=0.5)),
+    f"{AT_ONCE}, untuned": untuned(at_once()),
+    f"{AT_ONCE}, root of m/n, untuned": untuned(at_once(power=0.5)),
     "SR-STE, untuned": untuned(SRSTE()),
     "ASP, untuned": untuned(ASP()),
     "STEP, as in the paper, untuned": untuned(paper(0.0)),
@@ -194,12 +202,18 @@ CHANGES = {
         "the paper's preconditioner, no bound", lambda lam: replace(step(lam), form="paper", max_step=float("inf"))
     ),
     "v not frozen": Entry(lambda lam: Parts(lam, mask=True, freezes=False), of="STEP", recipe="STEP", frozen=False),
-    **{f"v frozen at {share} %": switching_default(share / 100) for share in (10, 30, 50, 70)},
-    "v live": in_default("v live", lambda lam: RateScale(SRSTE(lam))),
-    "no scaled rate": in_default("no scaled rate", lambda lam: default(lam).recipe),
-    "rate times the root of m/n": in_default("rate times the root of m/n", lambda lam: default(lam, power=0.5)),
-    "the default + StructureDecay": in_default("+ StructureDecay", lambda lam: StructureDecay(default(lam))),
-    "the default + MaskDecay": in_default("+ MaskDecay", lambda lam: MaskDecay(default(lam))),
+    **{f"v frozen at {share} %": switching_at_once(share / 100) for share in (10, 30, 50, 70)},
+    "v live": in_default("v live", lambda lam: RateScale(SRSTE(lam), ramp=0), AT_ONCE),
+    "no scaled rate": in_default("no scaled rate", lambda lam: default(lam).recipe, AT_ONCE),
+    "rate times the root of m/n": in_default("rate times the root of m/n", lambda lam: at_once(lam, power=0.5), AT_ONCE),
+    "without its ramp, + StructureDecay": in_default("+ StructureDecay", lambda lam: StructureDecay(at_once(lam)), AT_ONCE),
+    "without its ramp, + MaskDecay": in_default("+ MaskDecay", lambda lam: MaskDecay(at_once(lam)), AT_ONCE),
+    "default, v live": in_default("v live", lambda lam: RateScale(SRSTE(lam))),
+    "default, no scaled rate": in_default("no scaled rate", lambda lam: default(lam).recipe),
+    "default, root of m/n": in_default("root of m/n", lambda lam: default(lam, power=0.5)),
+    "default, ramp of 10 %": in_default("ramp of 10 %", lambda lam: default(lam, ramp=0.1)),
+    "default, ramp of 30 %": in_default("ramp of 30 %", lambda lam: default(lam, ramp=0.3)),
+    "default + StructureDecay": in_default("+ StructureDecay", lambda lam: StructureDecay(default(lam))),
     "no masks, v frozen": in_step("no masks", lambda lam: Parts(lam, mask=False, freezes=True)),
 }
 

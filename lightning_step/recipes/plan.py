@@ -94,8 +94,9 @@ AllocationRule = Callable[[Sequence[str], Sequence[Layer]], Sequence[NMPattern]]
 """Which n:m each tensor is to end with, from names and statistics of all; asked once, when masks begin."""
 
 
-RateRule = Callable[[NMPattern, float], float]
-"""What the learning rate of a masked tensor is multiplied with, from its n:m and what pruned weights are multiplied with."""
+RateRule = Callable[[NMPattern, float, Moment], float]
+"""What the learning rate of a masked tensor is multiplied with: from its n:m, what pruned weights are multiplied with, and
+the moment."""
 
 
 def final_pattern(name: str, pattern: NMPattern, moment: Moment) -> NMPattern:
@@ -132,18 +133,19 @@ def full_strength(moment: Moment) -> float:
     return 0.0
 
 
-def given_rate(pattern: NMPattern, leak: float) -> float:
+def given_rate(pattern: NMPattern, leak: float, moment: Moment) -> float:
     """The rule of most recipes: masked tensors are trained at the rate of all others.
 
     Args:
         pattern: The n:m now.
         leak: What pruned weights are multiplied with.
+        moment: Where the run is.
 
     Returns:
         1.
 
     Example:
-        >>> given_rate(NMPattern(2, 4), 0.0)
+        >>> given_rate(NMPattern(2, 4), 0.0, Moment(0))
         1.0
     """
     return 1.0
