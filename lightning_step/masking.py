@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lightning_step.functional import (
     ratio_compute,
 )
 from lightning_step.functional.bits import keep_
+from lightning_step.functional.mask import SMALL
 from lightning_step.naming import submodule
 from lightning_step.parametrization import NMMask
 from lightning_step.pattern import NMPattern
@@ -135,9 +137,12 @@ class MaskSet:
             on: Whether to keep them.
         """
         for name, mask in self._masks.items():
-            mask.kept.train(on and not any_sharded((self.parameters[name],)), self._prepare)
+            mask.kept.train(on and not any_sharded((self.parameters[name],)), partial(self._prepare, name))
 
-    def _prepare(self) -> None:
+    def _prepare(self, name: str) -> None:
+        asked = self.parameters[name]
+        if asked.numel() > SMALL.get(asked.device.type, 0):
+            return  # its mask is made by itself; to look through all others here would take quadratic time
         prepare_masks([(self.parameters[name], mask) for name, mask in self._masks.items()])
 
     def drop(self) -> None:

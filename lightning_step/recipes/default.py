@@ -14,8 +14,8 @@ def default_recipe() -> Recipe:
     r"""The recipe of a callback that is told n and m and nothing else.
 
     STEP with masks from the first step, with v frozen in the second part of a run, and with masked tensors trained at a rate
-    that rises from :math:`\gamma` to :math:`\gamma\,m/n` in the first 20 % of it. The benchmarks in the documentation say why, and how it compares; the recipe of the paper is
-    ``STEP(lam=0.0, form="paper", max_step=math.inf)``.
+    that rises from :math:`\gamma` to :math:`\gamma\,m/n` in the first 20 % of it. The benchmarks in the documentation say
+    why, and how it compares; the recipe of the paper is ``STEP(lam=0.0, form="paper", max_step=math.inf)``.
 
     Returns:
         A recipe.

@@ -90,7 +90,7 @@ def test_t_min_above_t_max_once_steps_are_known(tiny: Any, make_trainer: Any) ->
 def test_fractional_limits_in_an_endless_run(tiny: Any, make_trainer: Any) -> None:
     trainer = make_trainer(STEPSparsityCallback(), steps=-1, max_time={"seconds": 5})
     with pytest.raises(
-        ConfigurationError, match=r"known number of optimizer steps, because t_min=0\.4 is a fraction.*max_steps=-1"
+        ConfigurationError, match=r"known number of optimizer steps, because ramp=0\.2 is a fraction.*max_steps=-1"
     ):
         trainer.fit(tiny())
 
