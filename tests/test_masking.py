@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from lightning_step import ASP, SRSTE, STE, AtStep, NMPattern, Recipe, Sparsifier, apply_nm_masks, nm_masks
+from lightning_step import ASP, SRSTE, STE, AtStep, NMPattern, Recipe, Sparsifier, apply_nm_masks, masking, nm_masks
 from lightning_step.errors import ConfigurationError
+from lightning_step.functional import mask as masks_of_weights
 from lightning_step.masking import MaskSet
 from lightning_step.recipes import Plan
 
@@ -304,3 +305,14 @@ def test_a_model_left_in_the_middle_is_refused_under_another_final_pattern():
     nm_masks(model)["0.weight"].pattern = NMPattern(4, 4)
     with pytest.raises(ConfigurationError, match=r"'0.weight' .*the pattern 2:4 along dim 1, but got 3:4 .*Call `strip"):
         Sparsifier(model, optimizer, 2, 4, recipe=STE())
+
+
+@pytest.mark.parametrize(("shapes", "calls"), [([(8, 8)] * 4, 0), ([(8, 8), (8, 4), (4, 8), (8, 4), (4, 8)], 1)])
+def test_a_mask_that_is_made_by_itself_has_no_other_weight_looked_at(shapes, calls, monkeypatch):
+    monkeypatch.setitem(masks_of_weights.SMALL, "cpu", 32)
+    prepare, seen = masking.prepare_masks, []
+    monkeypatch.setattr(masking, "prepare_masks", lambda pairs: seen.append(len(pairs)) or prepare(pairs))
+    model = nn.Sequential(*(nn.Linear(*shape) for shape in shapes))
+    Sparsifier(model, AdamW(model.parameters()), recipe=SRSTE(), total_steps=10)
+    model(torch.ones(1, 8))
+    assert seen == [len(shapes)] * calls
