@@ -1,12 +1,14 @@
 """Setting to zero what a mask drops, by the bits of the numbers.
 
 Note [Bits and a mask]
-    A boolean, read as an integer and negated, is all ones or all zeros: "and" with it leaves a number as it is, bit for bit,
-    or makes it plus zero. On a CPU that takes a fifth of the time of ``torch.where`` or ``masked_fill``, which are not
-    vectorized there. It is done in blocks, because the widened mask would be as large as the weight.
+    A boolean, read as an integer, is one or zero: the bits of a number, read as an integer and multiplied with it, stay as
+    they are, or become those of plus zero. On a CPU that takes a tenth of the time of ``torch.where`` or ``masked_fill``,
+    which are not vectorized there. It is done in blocks, because the mask is widened to the integers of the weight.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -69,8 +71,8 @@ def keep_(tensor: Tensor, mask: Tensor) -> None:
     if flat is None:
         tensor.masked_fill_(~mask, 0)
         return
-    for bits, kept in zip(*(torch.split(each, block_elements()) for each in flat), strict=True):
-        bits.bitwise_and_(kept.neg().to(bits.dtype))
+    for bits, kept in _blocks(*flat):
+        bits.mul_(kept)
 
 
 def kept_part(tensor: Tensor, mask: Tensor, *, of: bool = True) -> Tensor:
@@ -94,10 +96,17 @@ def kept_part(tensor: Tensor, mask: Tensor, *, of: bool = True) -> Tensor:
         zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
         return torch.where(mask, tensor, zero) if of else torch.where(mask, zero, tensor)
     result = torch.empty_like(tensor)
-    into = result.permute(as_laid_out(tensor)).view(-1).view(INTEGERS[tensor.dtype])
-    for bits, kept, to in zip(*(torch.split(each, block_elements()) for each in (*flat, into)), strict=True):
-        torch.bitwise_and(bits, (kept.neg() if of else kept - 1).to(bits.dtype), out=to)
+    for bits, kept, to in _blocks(*flat, _in_order(result, tensor).view(INTEGERS[tensor.dtype])):
+        torch.mul(bits, kept if of else kept ^ 1, out=to)
     return result
+
+
+def _blocks(*flat: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Blocks of tensors of one size."""
+    size = block_elements()
+    if flat[0].numel() <= size:
+        return (flat,)
+    return zip(*(torch.split(each, size) for each in flat), strict=True)
 
 
 def _flat(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -108,8 +117,14 @@ def _flat(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     if mask.shape != tensor.shape or mask.stride() != tensor.stride():
         return None
-    laid = as_laid_out(tensor)
-    dense = tensor.permute(laid)
+    dense = _in_order(tensor, tensor)
     if not dense.is_contiguous():
         return None
-    return dense.view(-1).view(INTEGERS[tensor.dtype]), mask.permute(laid).view(-1).view(torch.int8)
+    return dense.view(INTEGERS[tensor.dtype]), _in_order(mask, tensor).view(torch.int8)
+
+
+def _in_order(tensor: Tensor, like: Tensor) -> Tensor:
+    """One dimension, in the order that another one has in memory; all of them, if it has gaps."""
+    if not like.is_contiguous():
+        tensor = tensor.permute(as_laid_out(like))
+    return tensor.view(-1) if tensor.is_contiguous() else tensor

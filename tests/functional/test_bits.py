@@ -10,10 +10,10 @@ from lightning_step.functional.bits import INTEGERS, as_laid_out, keep_, kept_pa
 SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-40, -3.0]
 
 
-@pytest.fixture(autouse=True, params=[0, 2**12], ids=["bits", "selection"])
+@pytest.fixture(autouse=True, params=[(0, 5), (0, 2**15), (2**12, 5)], ids=["blocks", "one block", "selection"])
 def small(request, monkeypatch):
-    monkeypatch.setattr(bits, "_SMALL", request.param)
-    monkeypatch.setattr(bits, "_BLOCK", 5)
+    for name, value in zip(("_SMALL", "_BLOCK"), request.param, strict=True):
+        monkeypatch.setattr(bits, name, value)
 
 
 def case(dtype, shape=(4, 6)):
@@ -73,3 +73,16 @@ def test_a_mask_of_another_shape_or_dtype_is_not_read_as_bits():
 
 def test_dimensions_come_in_the_order_of_memory():
     assert as_laid_out(torch.ones(2, 3, 4).permute(2, 0, 1)) == [1, 2, 0]
+
+
+@pytest.mark.parametrize("small", [(0, 5), (0, 2**15)], ids=["blocks", "one block"], indirect=True)
+def test_a_block_takes_one_product(small):
+    weight, mask = case(torch.float32)
+    blocks = 5 if bits._BLOCK == 5 else 1  # of 24 elements
+    for verb, more in ((keep_, []), (lambda *args: kept_part(*args, of=False), ["aten::__xor__"])):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            verb(weight, mask)
+        called = [event.name for event in profiler.events() if event.cpu_parent is None]
+        work = [name for name in called if name not in ("aten::detach", "aten::view", "aten::split", "aten::empty_like")]
+        assert len(work) == blocks * (1 + len(more)), called
+        assert all(name in ("aten::mul", "aten::mul_", *more) for name in work), called
