@@ -15,7 +15,7 @@ sys.path.insert(0, str(SPEED))
 
 import torch  # noqa: E402
 from profile_tasks import BATCHES, TASKS, main  # noqa: E402
-from self_time import Share, kind_of, mark, owner  # noqa: E402
+from self_time import Share, kind_of, least, mark, owner, times_of  # noqa: E402
 
 
 def test_a_quick_run_writes_a_page_and_its_numbers(
@@ -59,6 +59,16 @@ def test_operations_stand_by_their_names_and_what_is_mostly_ours_is_marked() -> 
     names = ["aten::mul", "MulBackward0", "autograd::engine::evaluate_function: a", "a.py(1): f", "<built-in method a>"]
     assert [kind_of(name) for name in names] == ["aten::mul", "autograd", "autograd", "Python", "Python"]
     assert [mark(Share("a", 0.1, ours, 0.0)) for ours in (0.06, 0.05, 0.0)] == ["**6.0%**", "5.0%", ""]
+
+
+def timed(microseconds: float, *stack: str) -> Any:
+    return SimpleNamespace(name="aten::mul", stack=list(stack), cpu_parent=None, self_cpu_time_total=microseconds)
+
+
+def test_what_disturbs_one_profile_is_left_out() -> None:
+    ours = "lightning_step/a.py(1): f"
+    found = [times_of([timed(5, ours), timed(2, ours), timed(1)]), times_of([timed(8, ours), timed(0.5)])]
+    assert least(found) == {"aten::mul": {"ours": 7, "stock optimizer": 0, "rest": 0.5}}
 
 
 @pytest.mark.parametrize("name", BATCHES)

@@ -2,8 +2,8 @@
 
 ``python examples/benchmarks/speed/profile_tasks.py`` takes some minutes on one thread of a CPU and writes ``results.json``
 and ``results.md`` to ``--out``. Each task is trained by a real Trainer, dense and in phase II of the default recipe (masks
-on, v frozen), on random batches of the shapes that its data have. Fits without a profiler take turns and give the times; one
-more fit of each kind gives the shares, by the Python functions that every operation was called from. The profiler makes
+on, v frozen), on random batches of the shapes that its data have. Fits without a profiler take turns and give the times;
+three more of each kind give the shares, by the Python functions that every operation was called from. The profiler makes
 Python slower, so that its share is an upper bound. ``--only char,wikitext`` runs some tasks, ``--quick`` tries the command.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
-from self_time import Times, page, profile_of, times_of
+from self_time import Times, least, page, profile_of, times_of
 from side_by_side import Settings, facts
 from startup_speed import elapsed, quiet
 from torch import Tensor
@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tasks import TASKS
 
 WARM = 4  # steps before any that is counted; the first is of phase I
-PROFILED = 4  # more take the profiler minutes to sort out
+PROFILED = 2  # steps; more take the profiler minutes to sort out
 KINDS = ("dense", "phase II")
 
 
@@ -131,11 +131,12 @@ def main() -> None:
     arguments = parser.parse_args()
     names = chosen(arguments.only)
     torch.set_num_threads(arguments.threads)
-    steps, rounds = (1, 1) if arguments.quick else (12, 6)
+    steps, rounds = (1, 1) if arguments.quick else (10, 4)
     start, profiles = time.perf_counter(), []
     for name in names:
         seconds = timed(name, steps, rounds)
-        profiles.append(profile_of(name, seconds, *(profiled(name, kind, min(steps, PROFILED)) for kind in KINDS)))
+        found = [[profiled(name, kind, min(steps, PROFILED)) for kind in KINDS] for _ in range(min(rounds, 3))]
+        profiles.append(profile_of(name, seconds, *(least(each) for each in zip(*found, strict=True))))
         print(f"{name}: done after {elapsed(start)}", file=sys.stderr)
     settings = Settings(torch.device("cpu"), rounds, arguments.quick, largest=0)
     about = {**facts(settings), "steps": steps, "quick": arguments.quick}
