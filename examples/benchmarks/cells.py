@@ -47,7 +47,7 @@ class Cell:
         """Everything that the result depends on, as plain values; the recipe with every default it has today."""
         n, m = self.sizes
         entry = self.entry
-        return {
+        config = {
             "task": {**self.task.config(), "steps": self.steps},
             "row": self.row,
             "recipe": describe(entry.make(self.lam or 0.0)),
@@ -58,6 +58,7 @@ class Cell:
             "lam": self.lam,
             "seed": self.seed,
         }
+        return dict(json.loads(json.dumps(config)))  # as it is read back: a tuple would differ from its list
 
     @property
     def key(self) -> str:

@@ -57,6 +57,12 @@ def test_a_key_does_not_depend_on_where_the_data_are() -> None:
     assert "{data}/wikitext-103" in json.dumps(WIKITEXT.config())
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_a_setting_is_the_same_when_it_is_read_back(name: str) -> None:
+    config = cell(task=TASKS[name]).config()
+    assert config == json.loads(json.dumps(config))
+
+
 def test_what_follows_from_a_grid_is_known_when_it_is_complete_and_not_before() -> None:
     study = Study((Part(TINY, ("dense", "STEP"), ("2:4",), ("v not frozen",)),), seeds=(0, 1, 2), finalists=2)
     scores = {(1e-3, 0.0): 3.0, (1e-3, 1e-1): 1.0, (1e-2, 0.0): math.nan, (1e-2, 1e-1): 2.0}

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from cells import hash_of
+from cells import Cell, hash_of
 from compare import RESULTS
 from report import write_report
 from running import read_lines
 from significance import compare, critical, detectable, power, signs, two_sided
 from studies import STUDIES
 
+from lightning_step.reports import write_figure
 from tests.examples.tiny_study import (
     HERE,
+    ROOT,
     TINY,
     line_of,
 )
@@ -179,4 +181,18 @@ def test_the_committed_comparison_is_complete_and_all_lines_are_of_settings_of_t
     comparison = {cell.key for cell in STUDIES["compare"].cells(lines)}
     assert len(comparison) > 150
     assert comparison <= lines.keys()
-    assert lines.keys() <= comparison | {cell.key for cell in STUDIES["main"].cells(lines)}
+    tasks = [part.task for study in STUDIES.values() for part in study.parts]
+    for line in lines.values():  # also of those that no study asks for any more
+        config = line["config"]
+        pattern = f"{config['n']}:{config['m']}" if config["n"] else ""
+        setting = (line["row"], pattern, config["lr"], config["lam"], config["seed"])
+        assert line["key"] in {Cell(task, *setting).key for task in tasks if task.name == line["task"]}, line["row"]
+
+
+@pytest.mark.parametrize("name", ["patterns", "loss", "switch", "frozen"])
+def test_the_figures_of_the_page_are_those_of_the_committed_lines(name: str, tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    there = (ROOT / "docs" / "images" / f"benchmark-{name}.svg").read_text()
+    if f"v{matplotlib.__version__}," not in there:
+        pytest.skip("drawn by another matplotlib")
+    assert write_figure(name, [str(RESULTS / "char.jsonl")], tmp_path / "a.svg").read_text() == there, "draw it anew"
