@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 
 import torch
-from side_by_side import Row, Settings, Work, medians, ratios
+from side_by_side import COMPILE, Row, Settings, Work, medians, ratios
 from torch import Tensor
 
 from lightning_step import NMPattern
-from lightning_step.compiling import VARIABLE
 from lightning_step.functional import magnitude_mask
 
 PATTERNS = [(2, 4), (1, 4), (4, 8), (1, 8), (1, 16), (8, 32)]
@@ -50,9 +49,9 @@ def by_patterns(weight: Tensor, patterns: Tensor) -> Tensor:
 
 def by_compiled(weight: Tensor, pattern: NMPattern) -> Tensor:
     """Ours, where a compiler is there."""
-    os.environ[VARIABLE] = "1"
+    os.environ[COMPILE] = "1"
     mask = magnitude_mask(weight, pattern)
-    del os.environ[VARIABLE]
+    del os.environ[COMPILE]
     return mask
 
 

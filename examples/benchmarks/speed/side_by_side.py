@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Work = Callable[[], object]
+COMPILE = "LIGHTNING_STEP_COMPILE"
 
 
 class Settings(NamedTuple):
