@@ -122,13 +122,13 @@ def in_default(change: str, make: Callable[[float], Recipe], of: str | None = No
     return Entry(make, of=of or DEFAULT, recipe=of or DEFAULT, change=change)
 
 
-def switching_at_once(share: float) -> Entry:
-    """The default recipe as it was, made to freeze v at a fraction of the run."""
+def freezing(share: float, of: str, ramp: float | None = None) -> Entry:
+    """The default recipe, or what it was, made to freeze v at a fraction of the run."""
 
     def make(lam: float) -> Recipe:
-        return replace(at_once(lam), recipe=STEP(AtStep(share), lam, AtStep(0)))
+        return replace(default(lam, ramp=ramp), recipe=STEP(AtStep(share), lam, AtStep(0)))
 
-    return Entry(make, of=AT_ONCE, recipe=AT_ONCE, switch=share)
+    return Entry(make, of=of, recipe=of, switch=share)
 
 
 def in_step(change: str, make: Callable[[float], Recipe]) -> Entry:
@@ -202,18 +202,22 @@ CHANGES = {
         "the paper's preconditioner, no bound", lambda lam: replace(step(lam), form="paper", max_step=float("inf"))
     ),
     "v not frozen": Entry(lambda lam: Parts(lam, mask=True, freezes=False), of="STEP", recipe="STEP", frozen=False),
-    **{f"v frozen at {share} %": switching_at_once(share / 100) for share in (10, 30, 50, 70)},
+    **{f"v frozen at {share} %": freezing(share / 100, AT_ONCE, ramp=0) for share in (10, 30, 50, 70)},
     "v live": in_default("v live", lambda lam: RateScale(SRSTE(lam), ramp=0), AT_ONCE),
     "no scaled rate": in_default("no scaled rate", lambda lam: default(lam).recipe, AT_ONCE),
     "rate times the root of m/n": in_default("rate times the root of m/n", lambda lam: at_once(lam, power=0.5), AT_ONCE),
     "without its ramp, + StructureDecay": in_default("+ StructureDecay", lambda lam: StructureDecay(at_once(lam)), AT_ONCE),
     "without its ramp, + MaskDecay": in_default("+ MaskDecay", lambda lam: MaskDecay(at_once(lam)), AT_ONCE),
+    **{f"default, v frozen at {share} %": freezing(share / 100, DEFAULT) for share in (10, 30, 70)},
     "default, v live": in_default("v live", lambda lam: RateScale(SRSTE(lam))),
     "default, no scaled rate": in_default("no scaled rate", lambda lam: default(lam).recipe),
     "default, root of m/n": in_default("root of m/n", lambda lam: default(lam, power=0.5)),
     "default, ramp of 10 %": in_default("ramp of 10 %", lambda lam: default(lam, ramp=0.1)),
     "default, ramp of 30 %": in_default("ramp of 30 %", lambda lam: default(lam, ramp=0.3)),
     "default + StructureDecay": in_default("+ StructureDecay", lambda lam: StructureDecay(default(lam))),
+    "default + MaskDecay": in_default("+ MaskDecay", lambda lam: MaskDecay(default(lam))),
+    "default + DenseTail": in_default("+ DenseTail", lambda lam: DenseTail(default(lam))),
+    "default + Layerwise": in_default("+ Layerwise", lambda lam: Layerwise(default(lam))),
     "no masks, v frozen": in_step("no masks", lambda lam: Parts(lam, mask=False, freezes=True)),
 }
 

@@ -141,6 +141,7 @@ def cost(line: Mapping[str, Any]) -> float:
 UNTUNED = tuple(row for row, entry in ROWS.items() if entry.untuned)
 IN_DEFAULT = ("default, v live", "default, no scaled rate", "default, root of m/n")
 COMPARED = ("dense", "ASP", "SR-STE", "STEP", FROM_START, DEFAULT)
+OF_TODAY = tuple(row for row, entry in CHANGES.items() if entry.of != AT_ONCE)
 AS_THEY_COME = tuple(row for row in UNTUNED if AT_ONCE not in row)
 MAIN_ROWS = ("dense", "ASP", "SR-STE", "STEP, as in the paper", DEFAULT, *AS_THEY_COME)
 QUICK_ROWS = ("dense", "ASP", "SR-STE", "STEP", DEFAULT, f"{DEFAULT}, untuned")
@@ -198,7 +199,9 @@ MAIN = Study(
         Part(CHAR, rows=(*COMPARED, AT_ONCE, "STEP, as in the paper", *UNTUNED), changes=tuple(CHANGES)),
         Part(CHAR, rows=("STE", "SR-STE, SGD", "dense, SGD"), patterns=("2:4",)),  # beside the rows above
         Part(CHAR, rows=("ASP", "SR-STE", DEFAULT), patterns=("1:4", "1:16")),
-        Part(CHAR_TUNED, rows=("dense", "ASP", "SR-STE", "STEP", DEFAULT, *AS_THEY_COME), changes=IN_DEFAULT),
+        Part(CHAR_TUNED, rows=("dense", "ASP", "STE", "SR-STE", "STEP", DEFAULT, *AS_THEY_COME), changes=OF_TODAY),
+        Part(CHAR_TUNED, rows=("SR-STE, SGD", "dense, SGD"), patterns=("2:4",)),
+        Part(CHAR_TUNED, rows=("ASP", "SR-STE", DEFAULT), patterns=("1:4", "1:16")),
         *(
             Part(
                 task.sized(adam=Grid((1e-3, 2e-3, 4e-3, 8e-3), (4e-3, 3e-2))),
