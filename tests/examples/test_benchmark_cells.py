@@ -22,7 +22,7 @@ from cells import hash_of
 from recipes_compared import CHANGES, ENTRIES, ROWS
 from running import Book, Run, commit, opened
 from studies import STUDIES, Part, Study
-from tasks import SGD, TASKS, WIKITEXT
+from tasks import TASKS, WIKITEXT
 
 from tests.examples.tiny_study import (
     TINY,
@@ -136,7 +136,7 @@ def test_every_task_names_classes_and_arguments_that_there_are(name: str, tmp_pa
         assert missing == "needs a CUDA device"
     else:
         assert missing is None if not task.files else task.fetch in missing
-    assert len(task.adam.rates) == (2 if task.trainer else len(SGD.rates))
+    assert len(task.adam.rates) == (2 if task.trainer else len(task.sgd.rates))
 
 
 def test_a_task_without_its_data_is_skipped_and_what_to_fetch_is_said(
