@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lightning_step.figures import Curve
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -30,6 +31,7 @@ __all__ = [
 INK, MUTED, GRID, PAPER = "#1f2933", "#5f6b76", "#dddddd", "#ffffff"
 COLOURS = ("#1f6fb4", "#d9730d", "#2a8c5a", "#b5403a", "#7d5ba6", "#8c6d46", "#c2528b", "#3c8f9b")
 POINTS = 600  # of one curve in one figure, about one per pixel
+ROW, ROWS = 0.22, 2  # height of a row of a legend, in inches, and how many a figure has room for
 
 
 def label(text: str, longest: int = 48) -> str:
@@ -172,7 +174,7 @@ def legend_columns(names: Iterable[str], width: float, most: int) -> int:
 
 
 def legend_below(figure: Figure, columns: int = 3) -> None:
-    """One legend for all axes, below them; of equal names the first counts.
+    """One legend for all axes, below them; of equal names the first counts. A long one makes the figure higher.
 
     Args:
         figure: The figure.
@@ -185,7 +187,12 @@ def legend_below(figure: Figure, columns: int = 3) -> None:
         >>> figure.legends
         []
     """
-    handles = {text: line for axes in figure.axes for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles: dict[str, Artist] = {}
+    for axes in figure.axes:
+        for line, text in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(text, line)
     if handles:
         room = legend_columns(handles, figure.get_figwidth(), columns)
+        rows = math.ceil(len(handles) / room)
+        figure.set_figheight(figure.get_figheight() + ROW * max(0, rows - ROWS))
         figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=room, frameon=False, labelcolor=INK)

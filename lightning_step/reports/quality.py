@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_frozen", "draw_losses", "draw_patterns", "draw_switch_points"]
 
+STYLES = ("-", ":", "-.", "o-")  # of lines, one for each pattern; dashes are for dense training
+
 
 def draw_patterns(results: Sequence[Result]) -> Figure:
     """Final loss against n:m, one line for each recipe; dense training as a line across.
@@ -115,6 +117,8 @@ def draw_switch_points(results: Sequence[Result]) -> Figure:
 def draw_losses(results: Sequence[Result]) -> Figure:
     """Validation loss over time, the mean over seeds of each recipe's best setting; one panel for each optimizer.
 
+    A recipe has a colour, a pattern a style of the line.
+
     Args:
         results: The runs; those with ``losses`` count.
 
@@ -146,8 +150,10 @@ def draw_losses(results: Sequence[Result]) -> Figure:
                 draw_curve(axes, _mean_curve(cell), recipe, MUTED, 1.4, "--")
             elif optimizer == panel and pattern is not None:
                 colour = COLOURS[recipes.index(recipe) % len(COLOURS)]
-                style = ("-", ":", "-.")[patterns.index(pattern) % 3]
-                draw_curve(axes, _mean_curve(cell), f"{recipe}, {pattern}", colour, 1.6, style)
+                style = STYLES[patterns.index(pattern) % len(STYLES)]
+                draw_curve(axes, _mean_curve(cell), recipe, colour, 1.6, style)
+        for pattern, style in zip(patterns, STYLES, strict=False):
+            axes.plot([], [], style, color=MUTED, linewidth=1.6, markersize=3.5, label=str(pattern))
     legend_below(figure)
     return figure
 

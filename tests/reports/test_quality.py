@@ -68,8 +68,24 @@ def test_losses_are_means_over_seeds_one_panel_for_each_optimizer() -> None:
     results += [Result("dense", None, 1.0, optimizer="SGD", losses=curves[0])]
     adam, sgd = draw_losses(results).axes
     assert (adam.get_title(), sgd.get_title()) == ("Adam", "SGD")
-    assert [list(line.get_ydata()) for line in adam.lines] == [[2.5, 1.5]]
-    assert [line.get_label() for line in adam.lines + sgd.lines] == ["STEP, 2:4", "dense"]
+    assert [list(line.get_ydata()) for line in adam.lines] == [[2.5, 1.5], []]
+    names = [[line.get_label() for line in axes.lines] for axes in (adam, sgd)]
+    assert names == [["STEP", "2:4"], ["dense", "2:4"]]  # a name for the colour, and one for the style
+
+
+def test_many_recipes_and_patterns_leave_room_for_the_curves() -> None:
+    curve, patterns = Curve((100, 200), (2.0, 1.0)), [P24, NMPattern(1, 4), NMPattern(1, 8), NMPattern(1, 16)]
+    results = [
+        Result(f"{'a recipe with quite a long name ' * 2}{i}", pattern, 1.0, losses=curve)
+        for i in range(7)
+        for pattern in patterns
+    ]
+    figure = draw_losses(results)
+    figure.canvas.draw()
+    [axes], [legend] = figure.axes, figure.legends
+    assert len(legend.get_texts()) == 7 + len(patterns)
+    assert len({line.get_linestyle() + line.get_marker() for line in axes.lines if len(line.get_xdata())}) == len(patterns)
+    assert axes.get_window_extent().height > 2.5 * figure.dpi
 
 
 @pytest.mark.parametrize(
