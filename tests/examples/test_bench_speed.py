@@ -13,7 +13,7 @@ sys.path.insert(0, str(SPEED))
 
 import torch  # noqa: E402
 from aims import AIMS, verdict  # noqa: E402
-from bench_speed import main  # noqa: E402
+from bench_speed import main, measured_apart  # noqa: E402
 from masking_speed import by_argsort, by_double_argsort, by_patterns, by_topk, patterns_of  # noqa: E402
 from side_by_side import Alive, Row, Settings, medians  # noqa: E402
 
@@ -44,6 +44,13 @@ def test_a_quick_run_of_the_parts_writes_a_page_and_its_numbers(
     assert {(row["part"], row["what"], row["of"]) for row in rows} >= {
         aim for aim in AIMS if aim[0] in found and not aim[1].startswith("1:")
     }, "every aim is measured"
+
+
+def test_a_part_is_measured_in_a_process_of_its_own() -> None:
+    threads = torch.get_num_threads()
+    rows = measured_apart("masks", Settings(torch.device("cpu"), repeats=1, quick=True, largest=1), threads + 1)
+    assert {row.part for row in rows} == {"masks"}
+    assert torch.get_num_threads() == threads, "the process that measures has its own number"
 
 
 def test_what_is_reached_and_what_is_missed() -> None:
