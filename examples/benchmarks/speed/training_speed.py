@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from masking_speed import by_argsort
-from side_by_side import Row, Settings, Work, medians, peak_bytes, ratios
+from side_by_side import Row, Settings, Work, medians, peak_bytes, ratios, wait
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -91,8 +93,8 @@ def recipe_of(kind: str) -> Recipe:
     return RateScale(STEP(AtStep(1), masks_from=AtStep(0))) if kind == "phase II" else STEP(AtStep(10**9))
 
 
-def step_of(kind: str, model: nn.Module, loss: Callable[[nn.Module], Tensor], settings: Settings) -> Work:
-    """A training step; one of phase II has switched already."""
+def sparse_of(kind: str, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A copy of a model and its optimizer, which train as asked."""
     model = copy.deepcopy(model)
     if kind == KINDS[3]:
         for target in find_targets(model, NMPattern(2, 4)).masked:
@@ -101,6 +103,12 @@ def step_of(kind: str, model: nn.Module, loss: Callable[[nn.Module], Tensor], se
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
     if kind in KINDS[1:3]:
         Sparsifier(model, optimizer, 2, 4, recipe=recipe_of(kind), total_steps=10**9)
+    return model, optimizer
+
+
+def step_of(kind: str, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Work:
+    """A training step; one of phase II has switched already."""
+    model, optimizer = sparse_of(kind, model)
 
     def step() -> None:
         loss(model).backward()  # type: ignore[no-untyped-call]
@@ -125,7 +133,7 @@ def steps(settings: Settings) -> list[Row]:
         torch.manual_seed(0)
         model, loss = make(settings)
         model.to(settings.device)
-        works = {kind: step_of(kind, model, loss, settings) for kind in KINDS}
+        works = {kind: step_of(kind, model, loss) for kind in KINDS}
         seconds = medians(works, few, warm=1)
         rows += ratios("training step", seconds, "dense", f"{name}, ")
         ours = {kind: seconds[kind] for kind in KINDS[2:]}
@@ -145,14 +153,43 @@ def layers(settings: Settings) -> list[Row]:
             nn.init.orthogonal_(parameter)
     model.to(settings.device)
     x = torch.randn(2, 8, device=settings.device)
-    works = {kind: step_of(kind, model, lambda net: net(x).square().mean(), settings) for kind in KINDS}
+    works = {kind: step_of(kind, model, lambda net: net(x).square().mean()) for kind in KINDS}
     found = medians(works, settings)
     dense = found["dense"]
     rows = [Row("layers", f"dense step, of {count} layers", "us a layer", dense / count * 1e6, dense)]
-    return rows + [
+    rows += [
         Row("layers", f"{kind}, over dense", "us a layer", (found[kind] - dense) / count * 1e6, found[kind])
         for kind in KINDS[1:]
     ]
+    return rows + stages({kind: sparse_of(kind, model) for kind in ("dense", "phase II")}, x, settings)
+
+
+def stages(trained: Mapping[str, tuple[nn.Module, torch.optim.Optimizer]], x: Tensor, settings: Settings) -> list[Row]:
+    """Where phase II spends what it takes more than dense training."""
+    found: dict[str, list[list[float]]] = {kind: [] for kind in trained}
+    for _ in range(2 + settings.repeats):
+        for kind, (model, optimizer) in trained.items():
+            times = [stamp(settings)]
+            loss = model(x).square().mean()
+            times.append(stamp(settings))
+            loss.backward()
+            times.append(stamp(settings))
+            optimizer.step()
+            times.append(stamp(settings))
+            optimizer.zero_grad()
+            found[kind].append([after - before for before, after in pairwise(times)])
+    dense, ours = ([statistics.median(each) for each in zip(*times[2:], strict=True)] for times in found.values())
+    count = sum(parameter.dim() == 2 for parameter in next(iter(trained.values()))[0].parameters())
+    return [
+        Row("layers", f"phase II, over dense, {name}", "us a layer", (much - little) / count * 1e6, much)
+        for name, little, much in zip(("forward pass", "backward pass", "optimizer"), dense, ours, strict=True)
+    ]
+
+
+def stamp(settings: Settings) -> float:
+    """The time when a device has done what it was given."""
+    wait(settings.device)
+    return time.perf_counter()
 
 
 def half(settings: Settings) -> list[Row]:
