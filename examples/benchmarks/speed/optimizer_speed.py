@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from side_by_side import COMPILE, Row, Settings, Work, medians, peak_bytes, ratios
+from torch import Tensor
 
 from lightning_step import NMPattern
 from lightning_step.functional import nm_mask
@@ -43,19 +44,28 @@ def frozen(shapes: Sequence[tuple[int, ...]], settings: Settings, compiles: bool
     return step
 
 
-def bare(shapes: Sequence[tuple[int, ...]], settings: Settings) -> Work:
-    """The kernels of phase II on portions of the size that it takes, and nothing besides: what no eager step can beat."""
-    firsts, grads, roots, weights = ([torch.rand(s, device=settings.device) + 0.5 for s in shapes] for _ in range(4))
-    size = 2**24 if settings.device.type == "cuda" else 2**16
+def bare(shapes: Sequence[tuple[int, ...]], settings: Settings, compiles: bool = False) -> Work:
+    """The kernels of phase II, and nothing besides: what no step that is made of them can beat.
+
+    Eager ones take portions of the size that our step takes, compiled ones all of a weight in one pass.
+    """
+    tensors = [[torch.rand(s, device=settings.device).view(-1) + 0.5 for s in shapes] for _ in range(4)]
+    size = 2**62 if compiles else 2**24 if settings.device.type == "cuda" else 2**16
+    portions = [part for whole in zip(*tensors, strict=True) for part in zip(*(t.split(size) for t in whole), strict=True)]
+    kernel = torch.compile(frozen_step, dynamic=True) if compiles else frozen_step
 
     def step() -> None:
-        for whole in zip(firsts, grads, roots, weights, strict=True):
-            for first, grad, root, weight in zip(*(torch.split(t.view(-1), size) for t in whole), strict=True):
-                first.lerp_(grad, 0.1)
-                update = torch.div(first, root).clamp_(-3.0, 3.0)
-                weight.mul_(0.999).add_(update, alpha=-1e-4)
+        for portion in portions:
+            kernel(*portion)
 
     return step
+
+
+def frozen_step(first: Tensor, grad: Tensor, root: Tensor, weight: Tensor) -> None:
+    """A step with the second moment frozen, in the simplest form."""
+    first.lerp_(grad, 0.1)
+    update = torch.div(first, root).clamp_(-3.0, 3.0)
+    weight.mul_(0.999).add_(update, alpha=-1e-4)
 
 
 def optimizers(settings: Settings) -> list[Row]:
@@ -66,6 +76,7 @@ def optimizers(settings: Settings) -> list[Row]:
         "for-loop AdamW": stock(shapes, settings, foreach=False).step,
         "foreach AdamW": stock(shapes, settings, foreach=True).step,
         "the kernels of phase II, bare": bare(shapes, settings),
+        "the kernels of phase II, bare, compiled": bare(shapes, settings, compiles=True),
         "phase II, eager": frozen(shapes, settings, compiles=False, foreach=True),
         "phase II, compiled": frozen(shapes, settings, compiles=True, fused=True),
     }
