@@ -67,5 +67,10 @@ def _pairwise(parts: Sequence[Tensor], n: int) -> list[Tensor]:
         for j in range(i + 1, len(parts)):
             earlier_wins = earlier >= parts[j]
             losses[j] += earlier_wins
-            losses[i] -= earlier_wins.view(torch.uint8)
+            losses[i] -= _numbers(earlier_wins)
     return [lost < n for lost in losses]
+
+
+def _numbers(flags: Tensor) -> Tensor:
+    """Ones and zeros. A view costs nothing, but Inductor of torch 2.11 has none of booleans, and fuses a copy anyway."""
+    return flags.to(torch.uint8) if torch.compiler.is_compiling() else flags.view(torch.uint8)

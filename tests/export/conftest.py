@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -178,3 +180,18 @@ def golden():
         index=GOLDEN_INDEX,
         data=GOLDEN_DATA,
     )
+
+
+@pytest.fixture
+def known(tmp_path):
+    """Whether the safetensors that is installed has a dtype: its oldest that we take lack some that torch has since."""
+
+    def ask(dtype):
+        try:
+            save_file({"x": torch.zeros(8 * dtype.itemsize, dtype=torch.uint8).view(dtype)}, tmp_path / "known")
+            load_file(tmp_path / "known")
+        except (KeyError, AttributeError, SafetensorError):
+            return False
+        return True
+
+    return ask

@@ -36,8 +36,9 @@ def halves(raw):
     return length, json.loads(raw[8 : 8 + length]), raw[8 + length :]
 
 
-def test_every_dtype_lies_where_safetensors_puts_it(tmp_path):
-    tensors = {f"{place} {dtype}": some(dtype) for place in "ba" for dtype in _NAMES}
+def test_every_dtype_lies_where_safetensors_puts_it(tmp_path, known):
+    tensors = {f"{place} {dtype}": some(dtype) for place in "ba" for dtype in _NAMES if known(dtype)}
+    assert len(tensors) > 2 * 11
     tensors |= {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "é \n": torch.arange(3)}
     metadata = {"format": "pt", "key": 'va"lué'}
     write(tmp_path / "file", tensors, tensors.items(), metadata)

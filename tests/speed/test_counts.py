@@ -74,7 +74,7 @@ def called(recipe: Any, **settings: Any) -> Counter[str]:
     found = []
     for each in (recipe, None):
         step = training_step(each, **settings)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:  # torch 2.11 warns without
             step()
         outer = [e.name for e in profiler.events() if not (e.cpu_parent and e.cpu_parent.name.startswith("aten::"))]
         found.append(Counter(name for name in outer if name.startswith("aten::")))
