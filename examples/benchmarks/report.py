@@ -86,7 +86,9 @@ def of_task(lines: Sequence[Line]) -> Json:
         setting[line["seed"]] = line
     changes = {group for group, settings in groups.items() if any_line(settings)["of"]}
     tuned = [group for group, settings in groups.items() if is_tuned(any_line(settings))]
-    rows = {group: row_of(group, settings, tuned, groups) for group, settings in groups.items()}
+    rows = {group: row_of(group, groups[group], tuned, groups) for group in tuned}
+    for group in groups.keys() - rows.keys():
+        rows[group] = row_of(group, as_it_comes(groups[group], rows.get(("dense", ""))), tuned, groups)
     for row in rows.values():
         relate(row, rows)
     patterns = sorted({pattern for _, pattern in groups if pattern}, key=narrowness)
@@ -109,6 +111,13 @@ def of_task(lines: Sequence[Line]) -> Json:
         "changes": [rows[group] for group in order if group in changes],
         "grids": [grid(group, groups[group]) for group in order if is_tuned(any_line(groups[group]))],
     }
+
+
+def as_it_comes(settings: Settings, dense: Json | None) -> Settings:
+    """Of a row that is not tuned: what was run at the rate that is now the best of dense training, where there is any."""
+    if dense is None or not any_line(settings).get("untuned"):
+        return settings
+    return {setting: seeds for setting, seeds in settings.items() if setting[0] == dense["lr"]} or settings
 
 
 def row_of(

@@ -151,6 +151,19 @@ def test_unequal_steps_are_refused(tmp_path: Path) -> None:
     write_report(tmp_path, [line_of("dense", 0, 1.0), line_of("dense, twice the steps", 0, 1.0)])
 
 
+def test_what_is_not_tuned_is_shown_at_the_rate_that_is_best_for_dense_training(tmp_path: Path) -> None:
+    lines = [line_of("dense", seed, loss, lr=rate) for rate, loss in ((1e-3, 1.0), (1e-2, 2.0)) for seed in range(3)]
+    # A grid that grew later left a better loss behind, at a rate that nobody would have taken.
+    lines += [
+        line_of("SR-STE, untuned", seed, loss, lr=rate) for rate, loss in ((1e-3, 1.8), (1e-2, 1.5)) for seed in range(3)
+    ]
+    lines += [line_of("ASP, untuned", seed, 1.7, lr=1e-2) for seed in range(3)]
+    [task] = report_of(tmp_path, lines)[1]["tasks"]
+    rows = {row["row"]: row for row in task["tables"][0]["untuned"]}
+    assert (rows["SR-STE, untuned"]["lr"], rows["SR-STE, untuned"]["mean"]) == (1e-3, 1.8)
+    assert rows["ASP, untuned"]["lr"] == 1e-2, "all there is"
+
+
 def test_two_things_under_one_name_are_refused(tmp_path: Path) -> None:
     other = line_of("ASP", 1, 1.0)
     other["config"]["recipe"]["at"]["step"] = 0.25
