@@ -202,10 +202,15 @@ def test_the_committed_comparison_is_complete_and_all_lines_are_of_settings_of_t
         assert line["key"] in {Cell(task, *setting).key for task in tasks if task.name == line["task"]}, line["row"]
 
 
-@pytest.mark.parametrize("name", ["patterns", "loss", "switch", "frozen"])
-def test_the_figures_of_the_page_are_those_of_the_committed_lines(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [("char", "patterns"), ("char", "loss")] + [("char-tuned", name) for name in ("patterns", "loss", "switch", "frozen")],
+)
+def test_the_figures_of_the_page_are_those_of_the_committed_lines(task: str, name: str, tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib")
-    there = (ROOT / "docs" / "images" / f"benchmark-{name}.svg").read_text()
+    image = f"images/benchmark-{task}-{name}.svg"
+    assert f"]({image})" in (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    there = (ROOT / "docs" / image).read_text()
     if f"v{matplotlib.__version__}," not in there:
         pytest.skip("drawn by another matplotlib")
-    assert write_figure(name, [str(RESULTS / "char.jsonl")], tmp_path / "a.svg").read_text() == there, "draw it anew"
+    assert write_figure(name, [str(RESULTS / f"{task}.jsonl")], tmp_path / "a.svg").read_text() == there, "draw it anew"
