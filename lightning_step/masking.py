@@ -24,7 +24,7 @@ from lightning_step.functional import (
     ratio_compute,
 )
 from lightning_step.functional.bits import keep_
-from lightning_step.functional.mask import SMALL
+from lightning_step.functional.mask import is_small
 from lightning_step.naming import submodule
 from lightning_step.parametrization import NMMask
 from lightning_step.pattern import NMPattern
@@ -140,8 +140,7 @@ class MaskSet:
             mask.kept.train(on and not any_sharded((self.parameters[name],)), partial(self._prepare, name))
 
     def _prepare(self, name: str) -> None:
-        asked = self.parameters[name]
-        if asked.numel() > SMALL.get(asked.device.type, 0):
+        if not is_small(self.parameters[name]):
             return  # its mask is made by itself; to look through all others here would take quadratic time
         prepare_masks([(self.parameters[name], mask) for name, mask in self._masks.items()])
 

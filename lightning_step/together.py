@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_step.freshness import State
 from lightning_step.functional import magnitude_masks, pruned_part
-from lightning_step.functional.mask import SMALL, TOGETHER
+from lightning_step.functional.mask import TOGETHER, is_small
 from lightning_step.parametrization import NMMask
 from lightning_step.pattern import NMPattern
 from lightning_step.sharding import local
@@ -101,4 +101,4 @@ def _add_pruned_part(weight: Tensor, mask: NMMask, lam: float, grad_scale: Tenso
 
 
 def _is_small(weight: Tensor) -> bool:
-    return weight.numel() <= SMALL.get(weight.device.type, 0) and type(weight) is nn.Parameter
+    return is_small(weight) and type(weight) is nn.Parameter

@@ -180,4 +180,20 @@ def _mask(tensor: Tensor, pattern: NMPattern, dim: int, order: Order) -> Tensor:
 def _is_stacked(weight: Tensor, m: int, dim: int) -> bool:
     if not -weight.dim() <= dim < weight.dim() or weight.shape[dim] % m:
         return False  # to be refused by itself
-    return weight.numel() <= SMALL.get(weight.device.type, 0) and weight.is_contiguous() and not is_traced()
+    return is_small(weight) and weight.is_contiguous() and not is_traced()
+
+
+def is_small(weight: Tensor) -> bool:
+    """Whether the launches of its mask cost more than copying it.
+
+    Args:
+        weight: Any tensor.
+
+    Returns:
+        True if so.
+
+    Example:
+        >>> is_small(torch.zeros(8, 8)), is_small(torch.zeros(1024, 1024))
+        (True, False)
+    """
+    return weight.numel() <= SMALL.get(weight.device.type, 0)

@@ -178,8 +178,5 @@ def _check_span(start: int | float | None, end: int | float) -> None:
 def _gone_and_length(start: int | float | None, end: int | float, moment: Moment) -> tuple[int, int]:
     """Steps since a decay began, and how long it is."""
     last = resolve_limit("end", end, moment.total_steps)
-    if start is not None:
-        first = resolve_limit("start", start, moment.total_steps)
-    else:
-        first = moment.t if moment.began is None else moment.began  # masks that have not begun would do so now
+    first = resolve_limit("start", start, moment.total_steps) if start is not None else moment.first
     return moment.t - first, last - first

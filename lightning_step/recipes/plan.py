@@ -83,6 +83,11 @@ class Moment(NamedTuple):
     began: int | None = None  # steps taken when masks began; None before
     total_steps: int | None = None  # optimizer steps of the whole run; None if nobody knows
 
+    @property
+    def first(self) -> int:
+        """Steps taken when masks began, or now: masks that have not begun would do so now."""
+        return self.t if self.began is None else self.began
+
 
 PatternRule = Callable[[str, NMPattern, Moment], NMPattern]
 """Which n:m a tensor has now, from its name, the n:m it is to end with, and the moment."""

@@ -65,5 +65,5 @@ class RateScale(Wrapper):
 
     def _now(self, pattern: NMPattern, leak: float, moment: Moment) -> float:
         length = resolve_limit("ramp", self.ramp, moment.total_steps)
-        gone = moment.t - (moment.t if moment.began is None else moment.began)
+        gone = moment.t - moment.first
         return rate_factor(pattern, leak, self.power * (min(1.0, gone / length) if length else 1.0))

@@ -48,7 +48,8 @@ def test_a_quick_run_of_the_parts_writes_a_page_and_its_numbers(
 
 def test_a_part_is_measured_in_a_process_of_its_own() -> None:
     threads = torch.get_num_threads()
-    rows = measured_apart("masks", Settings(torch.device("cpu"), repeats=1, quick=True, largest=1), threads + 1)
+    settings = Settings(torch.device("cpu"), repeats=1, quick=True, largest=1, threads=threads + 1)
+    rows = measured_apart("masks", settings)
     assert {row.part for row in rows} == {"masks"}
     assert torch.get_num_threads() == threads, "the process that measures has its own number"
 

@@ -10,8 +10,6 @@ by the scheduler: use one (the default), and a quiet machine.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +19,7 @@ from typing import Any
 
 import torch
 from aims import verdict
+from command import chosen, parser_of, write
 from inference_speed import inference
 from masking_speed import masks
 from optimizer_speed import growth, optimizers
@@ -60,56 +59,39 @@ def page(rows: Sequence[Row], about: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measured(name: str, settings: Settings, threads: int) -> list[Row]:
+def measured(name: str, settings: Settings) -> list[Row]:
     """The figures of one part, from this process."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(settings.threads)
     return (ON_CUDA if settings.device.type == "cuda" else PARTS)[name](settings)
 
 
-def measured_apart(name: str, settings: Settings, threads: int) -> list[Row]:
+def measured_apart(name: str, settings: Settings) -> list[Row]:
     """The same from a process that has done nothing else."""
     with get_context("spawn").Pool(1) as pool:
-        return pool.apply(measured, (name, settings, threads))
-
-
-def chosen(only: str, known: dict[str, Callable[[Settings], list[Row]]]) -> list[str]:
-    """Names of the parts to run."""
-    names = [name for name in only.split(",") if name] or list(known)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise SystemExit(f"Expected parts among {', '.join(known)}, but got {unknown[0]!r}.")
-    return names
+        return pool.apply(measured, (name, settings))
 
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/speed"))
-    parser.add_argument("--only", default="", help="parts, by commas; all of them by default")
+    parser = parser_of(__doc__, Path("out/speed"), "parts")
     parser.add_argument("--repeats", type=int, default=None)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--largest", type=int, default=16, help="millions of weights")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("Expected a CUDA device, but got none that torch can use. Drop --device cuda.")
     repeats = arguments.repeats or (2 if arguments.quick else 15)
-    settings = Settings(device, repeats, arguments.quick, arguments.largest)
+    settings = Settings(device, repeats, arguments.quick, arguments.largest, arguments.threads)
     known = ON_CUDA if device.type == "cuda" else PARTS
-    names = chosen(arguments.only, known)
+    names = chosen(arguments.only, known, "parts")
     start, rows = time.perf_counter(), []
     measure = measured if arguments.quick else measured_apart
     for name in names:
-        rows += measure(name, settings, arguments.threads)
+        rows += measure(name, settings)
         print(f"{name}: done after {elapsed(start)}", file=sys.stderr)
-    about = {**facts(settings), "threads": arguments.threads, "device": str(device), "quick": arguments.quick}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    data = {**about, "rows": [row._asdict() for row in rows]}
-    (arguments.out / "results.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    (arguments.out / "results.md").write_text(page(rows, about), encoding="utf-8")
-    print(page(rows, about))
+    about = {**facts(settings), "device": str(device), "quick": arguments.quick}
+    write(arguments.out, {**about, "rows": [row._asdict() for row in rows]}, page(rows, about))
 
 
 if __name__ == "__main__":

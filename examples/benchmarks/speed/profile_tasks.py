@@ -9,16 +9,15 @@ Python slower, so that its share is an upper bound. ``--only char,wikitext`` run
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from command import chosen, parser_of, write
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from self_time import Times, least, page, profile_of, times_of
@@ -112,24 +111,10 @@ def timed(name: str, steps: int, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def chosen(only: str) -> Sequence[str]:
-    """Names of the tasks to run."""
-    names = [name for name in only.split(",") if name] or list(BATCHES)
-    unknown = [name for name in names if name not in BATCHES]
-    if unknown:
-        raise SystemExit(f"Expected tasks among {', '.join(BATCHES)}, but got {unknown[0]!r}.")
-    return names
-
-
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/profile"))
-    parser.add_argument("--only", default="", help="tasks, by commas; all of them by default")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    names = chosen(arguments.only)
+    arguments = parser_of(__doc__, Path("out/profile"), "tasks").parse_args()
+    names = chosen(arguments.only, BATCHES, "tasks")
     torch.set_num_threads(arguments.threads)
     steps, rounds = (1, 1) if arguments.quick else (10, 4)
     start, profiles = time.perf_counter(), []
@@ -138,13 +123,10 @@ def main() -> None:
         found = [[profiled(name, kind, min(steps, PROFILED)) for kind in KINDS] for _ in range(min(rounds, 3))]
         profiles.append(profile_of(name, seconds, *(least(each) for each in zip(*found, strict=True))))
         print(f"{name}: done after {elapsed(start)}", file=sys.stderr)
-    settings = Settings(torch.device("cpu"), rounds, arguments.quick, largest=0)
+    settings = Settings(torch.device("cpu"), rounds, arguments.quick, largest=0, threads=arguments.threads)
     about = {**facts(settings), "steps": steps, "quick": arguments.quick}
-    arguments.out.mkdir(parents=True, exist_ok=True)
     data = {**about, "tasks": [{**each._asdict(), "top": [top._asdict() for top in each.top]} for each in profiles]}
-    (arguments.out / "results.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    (arguments.out / "results.md").write_text(page(profiles, about), encoding="utf-8")
-    print(page(profiles, about))
+    write(arguments.out, data, page(profiles, about))
 
 
 if __name__ == "__main__":

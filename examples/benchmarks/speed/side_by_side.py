@@ -24,6 +24,7 @@ class Settings(NamedTuple):
     repeats: int
     quick: bool  # small models, and no time to be exact
     largest: int  # weights of the largest model, in millions
+    threads: int = 1
 
 
 class Row(NamedTuple):
@@ -120,6 +121,6 @@ def facts(settings: Settings) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": lightning.__version__,
-        "threads": torch.get_num_threads(),
+        "threads": settings.threads,
         "repeats": settings.repeats,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -153,37 +153,42 @@ def layers(settings: Settings) -> list[Row]:
             nn.init.orthogonal_(parameter)
     model.to(settings.device)
     x = torch.randn(2, 8, device=settings.device)
-    works = {kind: step_of(kind, model, lambda net: net(x).square().mean()) for kind in KINDS}
-    found = medians(works, settings)
+
+    def loss(net: nn.Module) -> Tensor:
+        value: Tensor = net(x).square().mean()
+        return value
+
+    found = medians({kind: step_of(kind, model, loss) for kind in KINDS}, settings)
     dense = found["dense"]
     rows = [Row("layers", f"dense step, of {count} layers", "us a layer", dense / count * 1e6, dense)]
     rows += [
         Row("layers", f"{kind}, over dense", "us a layer", (found[kind] - dense) / count * 1e6, found[kind])
         for kind in KINDS[1:]
     ]
-    return rows + stages({kind: sparse_of(kind, model) for kind in ("dense", "phase II")}, x, settings)
+    extra = stages(model, loss, settings)
+    return rows + [
+        Row("layers", f"phase II, over dense, {stage}", "us a layer", (ours - plain) / count * 1e6, ours)
+        for stage, (plain, ours) in extra.items()
+    ]
 
 
-def stages(trained: Mapping[str, tuple[nn.Module, torch.optim.Optimizer]], x: Tensor, settings: Settings) -> list[Row]:
-    """Where phase II spends what it takes more than dense training."""
+def stages(model: nn.Module, loss: Callable[[nn.Module], Tensor], settings: Settings) -> dict[str, tuple[float, float]]:
+    """Seconds of each stage of a step, of dense training and of phase II."""
+    trained = {kind: sparse_of(kind, model) for kind in ("dense", "phase II")}
     found: dict[str, list[list[float]]] = {kind: [] for kind in trained}
     for _ in range(2 + settings.repeats):
-        for kind, (model, optimizer) in trained.items():
+        for kind, (net, optimizer) in trained.items():
             times = [stamp(settings)]
-            loss = model(x).square().mean()
+            value = loss(net)
             times.append(stamp(settings))
-            loss.backward()
+            value.backward()  # type: ignore[no-untyped-call]
             times.append(stamp(settings))
             optimizer.step()
             times.append(stamp(settings))
             optimizer.zero_grad()
             found[kind].append([after - before for before, after in pairwise(times)])
     dense, ours = ([statistics.median(each) for each in zip(*times[2:], strict=True)] for times in found.values())
-    count = sum(parameter.dim() == 2 for parameter in next(iter(trained.values()))[0].parameters())
-    return [
-        Row("layers", f"phase II, over dense, {name}", "us a layer", (much - little) / count * 1e6, much)
-        for name, little, much in zip(("forward pass", "backward pass", "optimizer"), dense, ours, strict=True)
-    ]
+    return dict(zip(("forward pass", "backward pass", "optimizer"), zip(dense, ours, strict=True), strict=True))
 
 
 def stamp(settings: Settings) -> float:
