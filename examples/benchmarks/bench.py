@@ -13,7 +13,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from report import write_report
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         study = STUDIES[arguments.study]
         study = study.only(arguments.tasks.split(",")) if arguments.tasks else study
         if arguments.seeds:
-            study = replace(study, seeds=tuple(range(arguments.seeds)))
+            study = study.sown(tuple(range(arguments.seeds)))
         complete = run(study, lines, arguments)
     elif not lines.exists():
         raise SystemExit(f"Expected results in {lines}, but got no such file. Call it without --table first.")

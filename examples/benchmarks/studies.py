@@ -16,7 +16,23 @@ from typing import Any
 
 from cells import Cell
 from recipes_compared import AT_ONCE, CHANGES, DEFAULT, ENTRIES, FROM_START, ROWS
-from tasks import CHAR, CHAR_TUNED, CIFAR10, CIFAR10_GPU, DIGITS, MULTI30K, SST2, WIKITEXT, WIKITEXT_GPU, Grid, Task
+from tasks import (
+    CHAR,
+    CHAR_TUNED,
+    CIFAR10,
+    CIFAR10_GPU,
+    CIFAR10_TUNED,
+    DIGITS,
+    MULTI30K,
+    MULTI30K_TUNED,
+    SST2,
+    SST2_TUNED,
+    WIKITEXT,
+    WIKITEXT_GPU,
+    WIKITEXT_TUNED,
+    Grid,
+    Task,
+)
 
 Lines = Mapping[str, Mapping[str, Any]]  # results by key
 
@@ -31,6 +47,7 @@ class Part:
         patterns: For every row that has masks.
         changes: Names in `CHANGES`; the rows that they change have to be in ``rows``.
         changes_at: The pattern at which things are changed.
+        seeds: Other seeds than those of the study; the grid is on the first.
     """
 
     task: Task
@@ -38,6 +55,11 @@ class Part:
     patterns: tuple[str, ...] = ("2:4", "1:8")
     changes: tuple[str, ...] = ()
     changes_at: str = "2:4"
+    seeds: tuple[int, ...] | None = None
+
+    def seeds_of(self, study: Study) -> tuple[int, ...]:
+        """Its own, or those of its study."""
+        return self.seeds or study.seeds
 
     def groups(self, *, untuned: bool = False) -> list[tuple[str, str]]:
         """Row and pattern of everything that is tuned by itself, or of everything that is not."""
@@ -70,14 +92,19 @@ class Study:
         """Some of its tasks."""
         return replace(self, parts=tuple(part for part in self.parts if part.task.name in names))
 
+    def sown(self, seeds: tuple[int, ...]) -> Study:
+        """With other seeds, in all of its parts."""
+        return replace(self, seeds=seeds, parts=tuple(replace(part, seeds=None) for part in self.parts))
+
     def count(self) -> int:
         """How many runs it is in all."""
         total = 0
         for part in self.parts:
+            seeds = part.seeds_of(self)
             for row, pattern in part.groups():
-                size = len(part.grid(row, pattern, self.seeds[0]))
-                total += size + min(self.finalists, size) * (len(self.seeds) - 1)
-            total += (len(part.changes) + len(part.groups(untuned=True))) * len(self.seeds)
+                size = len(part.grid(row, pattern, seeds[0]))
+                total += size + min(self.finalists, size) * (len(seeds) - 1)
+            total += (len(part.changes) + len(part.groups(untuned=True))) * len(seeds)
         return total
 
     def cells(self, done: Lines) -> list[Cell]:
@@ -92,14 +119,15 @@ class Study:
         stages: tuple[list[Cell], list[Cell], list[Cell]] = ([], [], [])
         for part in self.parts:
             best: dict[tuple[str, str], Cell] = {}
+            first, *others = part.seeds_of(self)
             for row, pattern in part.groups():
-                grid = part.grid(row, pattern, self.seeds[0])
+                grid = part.grid(row, pattern, first)
                 short = self.shortlist(grid, done)
-                repeated = [replace(cell, seed=seed) for cell in short for seed in self.seeds[1:]]
+                repeated = [replace(cell, seed=seed) for cell in short for seed in others]
                 stages[0].extend(grid)
                 stages[1].extend(repeated)
                 if short and all(cell.key in done for cell in repeated):
-                    best[row, pattern] = min(short, key=lambda cell: self.mean(cell, done))
+                    best[row, pattern] = min(short, key=lambda cell: mean(cell, (first, *others), done))
             stages[2].extend(self.untuned(part, best))
             stages[2].extend(self.changed(part, best))
         return [cell for stage in stages for cell in stage]
@@ -110,16 +138,12 @@ class Study:
             return []
         return sorted(grid, key=lambda cell: cost(done[cell.key]))[: self.finalists]
 
-    def mean(self, cell: Cell, done: Lines) -> float:
-        """Mean cost of a setting over all seeds."""
-        return statistics.mean(cost(done[replace(cell, seed=seed).key]) for seed in self.seeds)
-
     def untuned(self, part: Part, best: Mapping[tuple[str, str], Cell]) -> Iterator[Cell]:
         """Rows that take the rate of dense training, on every seed."""
         dense = best.get(("dense", ""))
         if dense is not None:
             for row, pattern in part.groups(untuned=True):
-                yield from (Cell(part.task, row, pattern, dense.lr, None, seed) for seed in self.seeds)
+                yield from (Cell(part.task, row, pattern, dense.lr, None, seed) for seed in part.seeds_of(self))
 
     def changed(self, part: Part, best: Mapping[tuple[str, str], Cell]) -> Iterator[Cell]:
         """One thing changed in the best setting of a row, on every seed."""
@@ -127,7 +151,12 @@ class Study:
             of = CHANGES[row].of or "STEP"
             base = best.get((of, part.changes_at if ENTRIES[of].masked else ""))
             if base is not None:
-                yield from (replace(base.changed(row), seed=seed) for seed in self.seeds)
+                yield from (replace(base.changed(row), seed=seed) for seed in part.seeds_of(self))
+
+
+def mean(cell: Cell, seeds: Sequence[int], done: Lines) -> float:
+    """Mean cost of a setting over some seeds."""
+    return statistics.mean(cost(done[replace(cell, seed=seed).key]) for seed in seeds)
 
 
 def cost(line: Mapping[str, Any]) -> float:
@@ -143,7 +172,9 @@ IN_DEFAULT = ("default, v live", "default, no scaled rate", "default, root of m/
 COMPARED = ("dense", "ASP", "SR-STE", "STEP", FROM_START, DEFAULT)
 OF_TODAY = tuple(row for row, entry in CHANGES.items() if entry.of != AT_ONCE)
 AS_THEY_COME = tuple(row for row in UNTUNED if AT_ONCE not in row)
-MAIN_ROWS = ("dense", "ASP", "SR-STE", "STEP, as in the paper", DEFAULT, *AS_THEY_COME)
+OF_PEERS = tuple(f"{row}, untuned" for row in (DEFAULT, "SR-STE", "ASP"))
+MAIN_ROWS = ("dense", "ASP", "STE", "SR-STE", "STEP, as in the paper", DEFAULT, *AS_THEY_COME)
+GPU_ROWS = tuple(row for row in MAIN_ROWS if row != "STE")
 QUICK_ROWS = ("dense", "ASP", "SR-STE", "STEP", DEFAULT, f"{DEFAULT}, untuned")
 
 COMPARE = Study(
@@ -202,12 +233,19 @@ MAIN = Study(
         Part(CHAR_TUNED, rows=("dense", "ASP", "STE", "SR-STE", "STEP", DEFAULT, *AS_THEY_COME), changes=OF_TODAY),
         Part(CHAR_TUNED, rows=("SR-STE, SGD", "dense, SGD"), patterns=("2:4",)),
         Part(CHAR_TUNED, rows=("ASP", "SR-STE", DEFAULT), patterns=("1:4", "1:16")),
+        # Three seeds left differences open that had the same sign in all of them.
+        Part(
+            CHAR_TUNED,
+            rows=("dense", "ASP", "SR-STE", DEFAULT, *OF_PEERS),
+            patterns=("2:4", "1:4", "1:8", "1:16"),
+            seeds=tuple(range(6)),
+        ),
         *(
-            Part(
-                task.sized(adam=Grid((1e-3, 2e-3, 4e-3, 8e-3), (4e-3, 3e-2))),
-                rows=MAIN_ROWS,
-                changes=("dense, twice the steps", *IN_DEFAULT),
-            )
+            Part(task, rows=MAIN_ROWS, changes=("dense, twice the steps", *IN_DEFAULT))
+            for task in (WIKITEXT_TUNED, CIFAR10_TUNED, SST2_TUNED, MULTI30K_TUNED)
+        ),
+        *(
+            Part(task.sized(adam=Grid((1e-3, 2e-3, 4e-3, 8e-3), (4e-3, 3e-2))), rows=("dense", *OF_PEERS))
             for task in (CIFAR10, MULTI30K, SST2, WIKITEXT)
         ),
     ),
@@ -215,8 +253,8 @@ MAIN = Study(
 
 GPU = Study(
     parts=(
-        Part(CIFAR10_GPU, rows=MAIN_ROWS, patterns=("2:4", "1:4", "1:8", "1:16")),
-        Part(WIKITEXT_GPU, rows=MAIN_ROWS),
+        Part(CIFAR10_GPU, rows=GPU_ROWS, patterns=("2:4", "1:4", "1:8", "1:16")),
+        Part(WIKITEXT_GPU, rows=GPU_ROWS),
     ),
     finalists=1,
 )
