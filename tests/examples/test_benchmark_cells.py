@@ -136,7 +136,27 @@ def test_every_task_names_classes_and_arguments_that_there_are(name: str, tmp_pa
         assert missing == "needs a CUDA device"
     else:
         assert missing is None if not task.files else task.fetch in missing
-    assert len(task.adam.rates) == (2 if task.trainer else len(task.sgd.rates))
+
+
+def test_sgd_has_as_many_rates_as_adam_where_both_are_compared() -> None:
+    tasks = [
+        p.task for study in STUDIES.values() for p in study.parts if any(ROWS[row].optimizer == "SGD" for row in p.rows)
+    ]
+    assert tasks
+    for task in tasks:
+        assert len(task.sgd.rates) == len(task.adam.rates)
+
+
+def test_a_part_may_have_seeds_of_its_own() -> None:
+    part = Part(TINY, ("dense", "ASP"), ("2:4",), seeds=(0, 1, 2, 3))
+    study = Study((part, Part(TINY, ("SR-STE",), ("2:4",))), seeds=(0, 1), finalists=1)
+    rates, lams = len(TINY.adam.rates), len(TINY.adam.lams)
+    assert study.count() == 2 * (rates + 3) + rates * lams + 1
+    lines = [line_of(one.row, one.seed, 1.0, lr=one.lr, lam=one.lam) for one in study.cells({})]
+    done = {str(line["key"]): line for line in lines}
+    seeds = {row: {one.seed for one in study.cells(done) if one.row == row} for row in ("dense", "ASP", "SR-STE")}
+    assert seeds == {"dense": {0, 1, 2, 3}, "ASP": {0, 1, 2, 3}, "SR-STE": {0, 1}}
+    assert {one.seed for one in study.sown((5,)).cells(done)} == {5}
 
 
 def test_a_task_without_its_data_is_skipped_and_what_to_fetch_is_said(
