@@ -214,6 +214,8 @@ class ImageData(pl.LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
+        if self.parts:  # all are read at once, whichever stage comes first
+            return
         x, y, x_test, y_test = load_digits(self.seed) if self.dataset == "digits" else load_cifar(self.folder, self.dataset)
         pixels = x.to(torch.float32)
         self.mean, self.std = (f(pixels, (0, 2, 3)).view(1, -1, 1, 1) for f in (torch.mean, torch.std))
