@@ -15,7 +15,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 .PHONY: demo
-demo: $(VENV)/.ready ## train dense and STEP 2:4 on text that ships with Python, export, load back (about 3 minutes)
+demo: $(VENV)/.ready ## train dense, STEP and the default (2:4) on text that ships with Python, export, load back (about 4 minutes)
 	@$(BIN)/python examples/demo.py
 
 .PHONY: test

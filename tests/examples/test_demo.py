@@ -28,13 +28,16 @@ def test_it_shows_what_is_masked_and_where_it_switched(demo: tuple[str, Path]) -
     assert said.count("lightning-step, optimizer step 12: masks on, second moment frozen (8 tensors)") == 1
 
 
+def test_the_default_recipe_has_its_masks_from_the_start_and_freezes_later(demo: tuple[str, Path]) -> None:
+    said, _ = demo
+    _, default = said.split("The default recipe, 2:4, 24 steps")
+    assert "lightning-step, optimizer step 0: masks on" in default
+    assert "lightning-step, optimizer step 12: second moment frozen (8 tensors)" in default
+
+
 def test_the_end_table_says_that_the_file_gives_the_same_loss(demo: tuple[str, Path]) -> None:
     said, _ = demo
-    losses = [
-        line.split()[-3 if "/" in line else -1]
-        for line in said.splitlines()
-        if line.startswith("STEP, ") and "steps" not in line
-    ]
+    losses = [line.split()[-3 if "/" in line else -1] for line in said.splitlines() if line.startswith("default, ")]
     assert len(losses) == 3
     assert len(set(losses)) == 1
     assert "loaded-back loss the same, 0 tensors violate 2:4" in said
