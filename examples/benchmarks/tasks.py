@@ -259,7 +259,7 @@ WIKITEXT = Task(
 # takes a quarter of a minute, for the grid is wide (see `CHAR_TUNED`) and every recipe is tuned. Losses over time are left
 # out: validation within so few steps would take as long as they do.
 NEVER = 1_000_000
-FINE_TUNING = Grid((5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (4e-3, 3e-2))
+FINE_TUNING = CHAR_TUNED.adam
 
 CIFAR10_TUNED = CIFAR10.sized(
     name="cifar10-tuned",
