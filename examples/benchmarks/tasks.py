@@ -166,8 +166,8 @@ CHAR_TUNED = CHAR.sized(
     pretraining=3000,
     pretraining_rate=4e-3,
     # A wide one: what is trained already wants a low rate while it is dense, and a high one under masks.
-    adam=Grid((2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (4e-3, 3e-2)),
-    sgd=Grid((1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0), (2e-4, 4e-3)),
+    adam=Grid((2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), (4e-3, 3e-2)),
+    sgd=Grid((3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0), (2e-4, 4e-3)),
 )
 
 DIGITS = Task(
