@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "examples" / "benchmarks" / "results" / "main"
 
 
 def blocks(language: str) -> list[str]:
@@ -72,3 +74,31 @@ def test_every_file_linked_or_named_exists() -> None:
 
 def test_no_placeholder_is_left() -> None:
     assert "<!--" not in README
+
+
+def test_every_loss_in_its_tables_is_of_the_committed_comparison() -> None:
+    table = (RESULTS / "results.md").read_text(encoding="utf-8")
+    losses = re.findall(r"\d\.\d{4} ± \d\.\d{4}", README)
+    assert len(losses) > 20
+    assert [loss for loss in losses if f"| {loss} |" not in table] == []
+
+
+def test_its_table_of_fine_tuning_is_that_of_the_committed_comparison() -> None:
+    tables = {
+        (task["name"], table["pattern"]): {row["row"]: row for row in table["rows"]}
+        for task in json.loads((RESULTS / "results.json").read_text(encoding="utf-8"))["tasks"]
+        for table in task["tables"]
+    }
+    shown = re.findall(r"^\| `([\w-]+)`[^|]*\| (\d+:\d+) \|(.*)\|$", README, re.MULTILINE)
+    assert {task for task, _, _ in shown} == {
+        name for name, _ in tables if name.endswith("-tuned") and (name, "1:8") in tables
+    }
+    for task, pattern, cells in shown:
+        rows = tables[task, pattern]
+        *means, against = (cell.strip() for cell in cells.split("|"))
+        for name, mean in zip(("dense", "ASP", "SR-STE", "the default"), means, strict=True):
+            digits = len(mean.partition(".")[2])
+            assert mean == f"{rows[name]['mean']:.{digits}f}", (task, pattern, name)
+        found = rows["the default"]["against"]["SR-STE"]
+        verdict = f", {found['verdict']}" if found["verdict"] else ""
+        assert against == f"{found['difference']:+.{digits}f} (p {found['p']:.2g}{verdict})", (task, pattern)
